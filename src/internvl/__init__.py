@@ -1,0 +1,33 @@
+"""InternVL: the whole family in one package. Names are imported when first used, so `import internvl` is quick."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from internvl.data.templates import render
+    from internvl.data.tiling import Tiling, tile
+    from internvl.generate.session import Chat, Reply, load
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load": "internvl.generate.session",
+    "Chat": "internvl.generate.session",
+    "Reply": "internvl.generate.session",
+    "tile": "internvl.data.tiling",
+    "Tiling": "internvl.data.tiling",
+    "render": "internvl.data.templates",
+}
+__all__ = ["Chat", "Reply", "Tiling", "load", "render", "tile"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'internvl' has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,143 @@
+"""Sizes of every architecture as frozen dataclasses; derived numbers are properties. No torch, no files.
+
+Released checkpoints are rows of `zoo.py`; reading and writing `config.json` is `convert/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+LanguageFamily = Literal["llama", "qwen2", "phi3", "internlm2"]
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """InternViT (paper 2.5, table 1; official configuration_intern_vit.py). Defaults: InternViT-300M-448px."""
+
+    width: int = 1024
+    depth: int = 24
+    heads: int = 16
+    mlp_width: int = 4096
+    image_size: int = 448
+    """Side in pixels of the grid that the stored position embedding was learnt for."""
+    patch_size: int = 14
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    """RMSNorm over the flattened heads of queries and of keys (6B only)."""
+    scale_init: float = 0.1
+    """Initial LayerScale; `initializer_factor` on disk."""
+    weight_std: float = 0.02
+    """Standard deviation of random weights; `initializer_range` on disk."""
+    drop_path: float = 0.0
+    drop_path_schedule: Literal["linear", "uniform"] = "linear"
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"vision width {self.width} is not a multiple of {self.heads} heads; change either")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image size {self.image_size} is not a multiple of patch size {self.patch_size}")
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a square image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_positions(self) -> int:
+        """Patches and the class token."""
+        return self.grid**2 + 1
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """A causal language model, as the `llm_config` of a checkpoint describes it.
+
+    `settings` is that mapping, untouched: it is read for the model class and written back as it was.
+    """
+
+    family: LanguageFamily
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def width(self) -> int:
+        return int(self.settings["hidden_size"])
+
+    @property
+    def depth(self) -> int:
+        return int(self.settings["num_hidden_layers"])
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.settings["vocab_size"])
+
+    @property
+    def heads(self) -> int:
+        return int(self.settings["num_attention_heads"])
+
+    @property
+    def kv_heads(self) -> int:
+        return int(self.settings.get("num_key_value_heads") or self.heads)
+
+    @property
+    def head_width(self) -> int:
+        return int(self.settings.get("head_dim") or self.width // self.heads)
+
+    @property
+    def mlp_width(self) -> int:
+        return int(self.settings["intermediate_size"])
+
+    @property
+    def tied(self) -> bool:
+        """Output head shares the input embedding. Official releases store both, so absent means untied."""
+        return bool(self.settings.get("tie_word_embeddings", False))
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """InternVL-Chat: InternViT, pixel shuffle and MLP, language model (official configuration_internvl_chat.py)."""
+
+    vision: VisionConfig
+    language: LanguageConfig
+    tile_size: int = 448
+    """Side of a tile in pixels; `force_image_size` on disk."""
+    downsample: float = 0.5
+    """Pixel shuffle ratio per side: 0.5 makes one token of 2 x 2 patches."""
+    pixel_shuffle: Literal["v1", "v2"] = "v2"
+    """Token order: v1 column-major, v2 row-major. A checkpoint must run with the order it learnt."""
+    feature_layer: int = -1
+    """Index into [embeddings, block 1, ..., block L]; `select_layer` on disk."""
+    template: str = "internvl2_5"
+    system_message: str | None = None
+    """Replaces the template's system text when given."""
+    dynamic_tiles: bool = True
+    thumbnail: bool = True
+    min_tiles: int = 1
+    max_tiles: int = 12
+    pad_to_square: bool = False
+    normalize: Literal["imagenet", "clip", "siglip"] = "imagenet"
+
+    def __post_init__(self) -> None:
+        per_side = self.tile_size // self.vision.patch_size * self.downsample
+        if self.tile_size % self.vision.patch_size or per_side != int(per_side):
+            raise ValueError(
+                f"tile size {self.tile_size} with patch size {self.vision.patch_size} and downsample "
+                f"{self.downsample} gives {per_side} tokens a side; it must be a whole number"
+            )
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Language-model positions that one tile takes: 256 at 448 px, 64 at 224 px."""
+        return int(self.tile_size // self.vision.patch_size * self.downsample) ** 2
+
+    @property
+    def connector_width(self) -> int:
+        """Channels of one token after pixel shuffle."""
+        return self.vision.width * round(1 / self.downsample) ** 2
