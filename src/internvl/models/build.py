@@ -1,0 +1,76 @@
+"""A config to a module: empty on the meta device, or with random weights. Loading is `load.py`'s."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from internvl.config import ChatConfig
+from internvl.models.chat import ChatModel
+from internvl.models.internvit import Embeddings, InternViT
+
+
+def build(
+    config: ChatConfig,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> ChatModel:
+    """A chat model with random weights, or without memory for them on "meta"."""
+    with torch.device("meta"):
+        model = ChatModel(config, dtype)
+    if torch.device(device).type == "meta":
+        return model.eval()
+    model = model.to_empty(device=device)
+    fill_buffers(model, device)
+    initialise(model, seed)
+    return model.eval()
+
+
+def fill_buffers(model: ChatModel, device: torch.device | str) -> None:
+    """Compute the rotary frequencies, which no checkpoint stores, after building on the meta device."""
+    decoder = model.language.model.model
+    with torch.device("cpu"):
+        decoder.rotary_emb = type(decoder.rotary_emb)(config=model.language.model.config)
+    decoder.rotary_emb.to(device)
+    if model.language.model.config.tie_word_embeddings:
+        model.language.model.tie_weights()
+
+
+@torch.no_grad()
+def initialise(model: ChatModel, seed: int = 0) -> None:
+    """Random weights from a seed, the same on every device: normal, with unit norms and zero biases."""
+    generator = torch.Generator().manual_seed(seed)
+    vision, language = model.config.vision, model.language.model.config
+    for module in model.vision.modules():
+        _initialise(module, vision.weight_std, generator)
+    for module in (*model.connector.modules(), *model.language.modules()):
+        _initialise(module, language.initializer_range, generator)
+    _initialise_vision(model.vision, generator)
+
+
+def _initialise_vision(vision: InternViT, generator: torch.Generator) -> None:
+    std, scale = vision.config.weight_std, vision.config.scale_init
+    for module in vision.modules():
+        if isinstance(module, Embeddings):
+            _normal(module.class_embedding, std, generator)
+            _normal(module.position_embedding, std, generator)
+    for name, parameter in vision.named_parameters():
+        if name.rpartition(".")[2] in ("scale1", "scale2"):
+            parameter.fill_(scale)
+
+
+def _initialise(module: nn.Module, std: float, generator: torch.Generator) -> None:
+    """One module's own weights: matrices normal, norms one, biases zero."""
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if isinstance(weight, nn.Parameter):
+        if weight.ndim > 1:
+            _normal(weight, std, generator)
+        else:
+            weight.fill_(1.0)
+    if isinstance(bias, nn.Parameter):
+        bias.zero_()
+
+
+def _normal(parameter: torch.Tensor, std: float, generator: torch.Generator) -> None:
+    parameter.copy_(torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))

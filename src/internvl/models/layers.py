@@ -1,0 +1,69 @@
+"""Small parts that every transformer here is made of. No attention, no architecture."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32 whatever the input (official InternRMSNorm)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class DropPath(nn.Module):
+    """Drops a residual branch for whole samples and scales the kept ones (stochastic depth)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"drop path rate {rate} is outside [0, 1); lower it")
+        self.rate = rate
+
+    def forward(self, x: Float[Tensor, "batch *rest"]) -> Float[Tensor, "batch *rest"]:
+        if not self.training or self.rate == 0.0:
+            return x
+        kept = 1.0 - self.rate
+        return x * x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(kept) / kept
+
+
+class MLP(nn.Module):
+    """Two linear layers around a GELU."""
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden_width)
+        self.fc2 = nn.Linear(hidden_width, width)
+
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+def drop_path_rates(top: float, depth: int, schedule: str) -> list[float]:
+    """Rate of each block: rising from 0 to `top` (linear), or `top` everywhere (uniform)."""
+    if schedule == "uniform":
+        return [top] * depth
+    return [top * index / max(depth - 1, 1) for index in range(depth)]
+
+
+def resize_positions(positions: Float[Tensor, "1 old width"], rows: int, columns: int) -> Float[Tensor, "1 new width"]:
+    """Class position kept, patch positions of a square grid interpolated (bicubic, in float32) to another grid."""
+    side = int((positions.shape[1] - 1) ** 0.5)
+    if (rows, columns) == (side, side):
+        return positions
+    grid = positions[:, 1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
+    patches = grid.flatten(2).transpose(1, 2).to(positions.dtype)
+    return torch.cat([positions[:, :1], patches], dim=1)

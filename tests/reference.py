@@ -1,0 +1,34 @@
+"""Recorded outputs of other implementations: where they are, how they are read."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+FOLDER = Path(os.environ.get("INTERNVL_GOLDEN", Path(__file__).resolve().parents[2] / "shared" / "golden"))
+
+
+def golden(name: str) -> Path:
+    """Path of a reference file; the test is skipped where the folder is not there."""
+    path = FOLDER / name
+    if not path.exists():
+        pytest.skip(f"no reference values at {path}; set INTERNVL_GOLDEN to their folder")
+    return path
+
+
+def golden_tensors(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and the JSON metadata of a reference file."""
+    with safe_open(golden(name), "pt") as file:
+        keys = list(file.keys())  # not a dict: it does not iterate itself
+        return {key: file.get_tensor(key) for key in keys}, json.loads(file.metadata()["golden"])
+
+
+def part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Tensors below a prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
