@@ -81,6 +81,6 @@ def test_matplotlib_is_imported_for_the_chart_only() -> None:
 
 
 def test_a_chart_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install"):
         report.chart([shares()], tmp_path / "c.png")

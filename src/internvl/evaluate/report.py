@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,12 +130,17 @@ def _aim(score: Score) -> str:
     return target + {True: " met", False: " missed", None: ""}[score.met]
 
 
+def need_matplotlib() -> None:
+    """Asked before the work begins, so that hours of answers are not followed by an import error."""
+    if find_spec("matplotlib") is None:
+        raise ValueError("the chart needs matplotlib: pip install 'internvl[train]', or pass --no-chart")
+
+
 def chart(scores: Sequence[Score], path: Path) -> None:
     """Bars of model, blind and majority for each set, with the 95 % interval of the model and the target as a tick."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("the chart needs matplotlib: pip install 'internvl[train]', or pass --no-chart") from error
+    need_matplotlib()
+    from matplotlib.figure import Figure
+
     shares = [one for one in scores if one.gain is None and one.majority is not None]
     losses = [one for one in scores if one.majority is None]
     figure = Figure(figsize=(2.5 + 1.15 * len(scores), 4.2), layout="constrained")
