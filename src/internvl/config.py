@@ -123,6 +123,8 @@ class ChatConfig:
     max_tiles: int = 12
     pad_to_square: bool = False
     normalize: Literal["imagenet", "clip", "siglip"] = "imagenet"
+    unknown: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of a config.json that nothing here reads; written back as they were."""
 
     def __post_init__(self) -> None:
         per_side = self.tile_size // self.vision.patch_size * self.downsample

@@ -1,0 +1,165 @@
+"""Weights on disk: safetensors, whole or in shards, read one tensor at a time and written so that a crash leaves no half.
+
+Knows nothing of models: keys are whatever the files say. Pickle files are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 1000**3
+PICKLE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a folder holds: the file and the shape of every key; tensors are read when asked for."""
+
+    files: Mapping[str, Path]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def get(self, key: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """One tensor in memory of its own. The file is opened anew, else the pages of all tensors would add up."""
+        path = self.files[key]
+        try:
+            with safe_open(path, "pt") as file:
+                tensor: Tensor = file.get_tensor(key)
+                return tensor.to(device=device, dtype=dtype, copy=True)
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot read {key!r} ({error}); download the file again") from error
+
+
+def open_weights(folder: Path) -> Weights:
+    """Headers of all weight files of a folder."""
+    index, single = folder / INDEX, folder / SINGLE
+    if index.exists():
+        return _open_shards(folder, index)
+    if single.exists():
+        shapes = _shapes(single)
+        return Weights(dict.fromkeys(shapes, single), shapes)
+    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise ValueError(
+            f"{folder}: holds {', '.join(pickles[:3])} but no safetensors. Such files can run code when opened and "
+            f"are refused; save the model as safetensors where you trust it, or get its safetensors files"
+        )
+    raise FileNotFoundError(f"{folder}: neither {SINGLE} nor {INDEX}; is this the folder of a checkpoint?")
+
+
+def write_weights(
+    folder: Path,
+    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    read: Callable[[str], Tensor],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write every key of `shapes`, asking `read` for one tensor at a time; several shards get an index."""
+    shards = _split(shapes, max_shard_bytes)
+    names = [SINGLE] if len(shards) == 1 else [_shard_name(n, len(shards)) for n in range(1, len(shards) + 1)]
+    for name, keys in zip(names, shards, strict=True):
+        save_tensors(folder / name, {key: read(key) for key in keys})
+    stale = {path.name for path in folder.glob("model*.safetensors")} - set(names)
+    (folder / INDEX).unlink(missing_ok=True)
+    if len(shards) > 1:
+        places = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+        total = sum(_bytes(*shapes[key]) for key in places)
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
+    for name in stale:
+        (folder / name).unlink()
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file, complete or not there at all. Tensors that share memory are written twice."""
+    seen: set[int] = set()
+    whole: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        address = tensor.untyped_storage().data_ptr()
+        partial = tensor.untyped_storage().nbytes() != tensor.nbytes
+        whole[key] = tensor.clone() if partial or address in seen else tensor
+        seen.add(address)
+    scratch = path.with_name(f".{path.name}.part")
+    save_file(whole, scratch, metadata={"format": "pt"})
+    os.replace(scratch, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, with the file named in every error."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: not found; a checkpoint folder needs it") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, must be an object")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    scratch = path.with_name(f".{path.name}.part")
+    scratch.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def _open_shards(folder: Path, index: Path) -> Weights:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f"{index}: no weight_map from keys to file names; download the file again")
+    shapes: dict[str, tuple[int, ...]] = {}
+    files: dict[str, Path] = {}
+    for name in sorted(set(places.values())):
+        if name != Path(name).name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index}: shard {name!r} must be a .safetensors file in the same folder")
+        found = _shapes(folder / name)
+        shapes |= found
+        files |= dict.fromkeys(found, folder / name)
+    wrong = sorted(key for key, name in places.items() if key not in files or files[key].name != name)
+    if wrong:
+        raise ValueError(f"{index}: {_some(wrong)} not in the shard that it names; download the shards again")
+    return Weights(files, shapes)
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: shard not found; download it again") from None
+    except SafetensorError as error:
+        raise OSError(f"{path}: not a whole safetensors file ({error}); download it again") from error
+
+
+def _split(shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], limit: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for key, (shape, dtype) in shapes.items():
+        size += _bytes(shape, dtype)
+        if shards[-1] and size > limit:
+            shards.append([])
+            size = _bytes(shape, dtype)
+        shards[-1].append(key)
+    return shards
+
+
+def _bytes(shape: Iterable[int], dtype: torch.dtype) -> int:
+    return torch.Size(tuple(shape)).numel() * dtype.itemsize
+
+
+def _shard_name(number: int, total: int) -> str:
+    return f"model-{number:05d}-of-{total:05d}.safetensors"
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")

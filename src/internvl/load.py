@@ -1,0 +1,171 @@
+"""A folder or a name to a model, and back: where models and file layouts meet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from internvl.config import ChatConfig
+from internvl.convert import native, official
+from internvl.convert.files import Weights, open_weights, read_json, write_json, write_weights
+from internvl.convert.keys import Entry, check_keys, expand, matches
+from internvl.models.build import build, fill_buffers
+from internvl.models.chat import ChatModel
+from internvl.tokens import IMAGE_TOKEN
+from internvl.zoo import CHAT
+
+Layout = Literal["official", "native"]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+EMBEDDING, HEAD = "language.model.model.embed_tokens.weight", "language.model.lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation mode, the tokenizer where the folder has one, and where they came from."""
+
+    model: ChatModel
+    tokenizer: Any
+    config: ChatConfig
+    layout: str
+    """"official", "native", or "random" for a name of the zoo without weights."""
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    layout: Layout | None = None,
+) -> Loaded:
+    """Open a checkpoint folder of either layout, `pocket`, or a `tiny-*` model of random weights."""
+    if str(path) == "pocket":
+        from internvl.pocket import pocket_folder
+
+        path = pocket_folder()
+    elif str(path) in CHAT:
+        config = CHAT[str(path)]
+        return Loaded(build(config, dtype, device), None, config, "random")
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder, and no model of that name; names are {', '.join(CHAT)}")
+    settings = read_json(folder / "config.json")
+    layout = layout or _layout(settings, folder)
+    if layout == "native":
+        config, image_token_id = native.from_native(settings, folder / "config.json")
+    else:
+        config, image_token_id = official.from_official(settings, folder / "config.json"), None
+    model = build(config, dtype, "meta")
+    _read(model, folder, layout, dtype, device)
+    tokenizer = _tokenizer(folder, model)
+    model.image_token_id = image_token_id if image_token_id is not None else _image_token(tokenizer, settings)
+    return Loaded(model, tokenizer, config, layout)
+
+
+def save_checkpoint(model: ChatModel, tokenizer: Any, out: str | Path, layout: Layout = "official") -> None:
+    """Write weights, config and tokenizer; other tools load the folder. Each file appears only when it is whole."""
+    folder = Path(out)
+    if layout == "native":
+        settings = native.to_native(model.config, model.image_token_id)
+    elif layout == "official":
+        settings = official.to_official(model.config)
+    else:
+        raise ValueError(f"layout {layout!r}; it is 'official' or 'native'")
+    folder.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict()
+    entries = expand(_rules(model.config, layout), state)
+    readers = {key: (entry, index) for entry in entries for index, key in enumerate(entry.disk)}
+    shapes = {}
+    for entry in entries:
+        on_disk = entry.to_disk([state[key].to("meta") for key in entry.ours])
+        shapes |= {key: (tuple(x.shape), x.dtype) for key, x in zip(entry.disk, on_disk, strict=True)}
+
+    def read(key: str) -> Tensor:
+        entry, index = readers[key]
+        return entry.to_disk([state[name] for name in entry.ours])[index]
+
+    write_weights(folder, shapes, read)
+    dtype = str(state[EMBEDDING].dtype).removeprefix("torch.")
+    write_json(folder / "config.json", {**settings, "torch_dtype": dtype})
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+
+
+def _rules(config: ChatConfig, layout: str) -> list[Any]:
+    return native.native_rules(config) if layout == "native" else official.official_rules(config)
+
+
+def _layout(settings: Mapping[str, Any], folder: Path) -> Layout:
+    if settings.get("model_type") == native.MODEL_TYPE:
+        return "native"
+    if settings.get("model_type") == official.MODEL_TYPE:
+        return "official"
+    raise ValueError(
+        f"{folder / 'config.json'}: model_type is {settings.get('model_type')!r}, must be "
+        f"{official.MODEL_TYPE!r} (official layout) or {native.MODEL_TYPE!r} (native layout)"
+    )
+
+
+def _read(model: ChatModel, folder: Path, layout: Layout, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Assign every weight, one tensor at a time, so that memory never holds the model twice."""
+    weights = open_weights(folder)
+    names = {_current(key, layout): key for key in weights.shapes if not matches(key, official.DERIVED_KEYS)}
+    state = model.state_dict()
+    entries = expand(_rules(model.config, layout), state)
+    head = native.HEAD_KEY if layout == "native" else official.head_key(model.config)
+    tied = model.config.language.tied
+    check_keys(
+        entries,
+        {key: tensor.shape for key, tensor in state.items()},
+        {name: weights.shapes[key] for name, key in names.items()},
+        folder,
+        optional=[head] if tied else [],
+    )
+    loaded = dict(_tensors(entries, weights, names, dtype, device))
+    if tied and HEAD in loaded and not torch.equal(loaded[HEAD], loaded[EMBEDDING]):
+        raise ValueError(
+            f"{folder}: tie_word_embeddings is true but {head} differs from the embedding; "
+            f"set it to false in the language model's config"
+        )
+    if tied:
+        loaded[HEAD] = loaded[EMBEDDING]
+    model.load_state_dict(loaded, assign=True)
+    fill_buffers(model, device)
+
+
+def _tensors(
+    entries: Iterable[Entry], weights: Weights, names: Mapping[str, str], dtype: torch.dtype, device: Any
+) -> Iterable[tuple[str, Tensor]]:
+    for entry in entries:
+        if any(key not in names for key in entry.disk):
+            continue  # the optional head
+        parts = entry.to_ours([weights.get(names[key], dtype, device) for key in entry.disk])
+        # A part is a view of what was read where a matrix was split: give each its own memory.
+        copies = [part.clone() if len(parts) > 1 else part for part in parts]
+        yield from zip(entry.ours, copies, strict=True)
+
+
+def _current(key: str, layout: str) -> str:
+    return native.current_key(key) if layout == "native" else key
+
+
+def _tokenizer(folder: Path, model: ChatModel) -> Any:
+    """The folder's tokenizer, from its files alone; None where it has none."""
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        str(folder), config=model.language.model.config, local_files_only=True, trust_remote_code=False
+    )
+
+
+def _image_token(tokenizer: Any, settings: Mapping[str, Any]) -> int | None:
+    if tokenizer is not None and IMAGE_TOKEN in tokenizer.get_vocab():
+        return int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    known = settings.get("img_context_token_id")
+    return int(known) if isinstance(known, int) else None

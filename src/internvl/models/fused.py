@@ -1,0 +1,235 @@
+"""The fast path of decoding: Llama and Qwen2 layers as few large operators over fused weights and a static cache.
+
+Equal to transformers' module (tests/generate), whose weights it reads once, when it is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Complex, Float, Int
+from torch import Tensor, nn
+
+from internvl.models.attention import attend
+from internvl.models.decoder import Decoder, PlainDecoder, Slots
+from internvl.models.language import LanguageModel
+from internvl.models.products import BlockedProduct, FourBitProduct, PlainProduct, Product, blocked_is_available
+
+Form = Literal["plain", "blocked", "int4"]
+
+KEYS_MULTIPLE = 64
+"""Attention of a step runs over whole blocks of keys, so that its sums do not depend on the neighbours' lengths."""
+
+EXACT_ROWS = 4
+"""Rows of a bfloat16 product that give the same bits together as alone (measured: oneDNN changes kernels above)."""
+
+
+def choose_decoder(language: LanguageModel, *, int4: bool = False, exact: bool = True) -> Decoder:
+    """The fastest decoder that fits the model, its device and the memory that is free."""
+    reason = why_not_fused(language)
+    weight = language.model.get_input_embeddings().weight
+    if reason is None and weight.device.type == "cpu":
+        form: Form = "int4" if int4 else "blocked" if blocked_is_available(weight.dtype) else "plain"
+        return FusedDecoder(language, form, exact=exact)
+    if int4:
+        raise ValueError(f"4-bit weights: {reason or f'the device is {weight.device.type}, not cpu'}; use bfloat16")
+    return PlainDecoder(language)
+
+
+def why_not_fused(language: LanguageModel) -> str | None:
+    """What this path does not compute, in words; None where it fits."""
+    config = language.model.config
+    if config.model_type not in ("llama", "qwen2"):
+        return f"a language model of type {config.model_type} has no fused path"
+    if config.hidden_act != "silu":
+        return f"activation {config.hidden_act} has no fused path"
+    if getattr(config, "use_sliding_window", False):
+        return "sliding windows have no fused path"
+    if any(type(layer.self_attn.q_proj) is not nn.Linear for layer in language.model.model.layers):
+        return "adapters are not merged"
+    return None
+
+
+@dataclass
+class _Layer:
+    norm1: Tensor
+    qkv: Product
+    out: Product
+    norm2: Tensor
+    gate: Product
+    up: Product
+    down: Product
+
+
+class FusedDecoder:
+    """See `Decoder`. `exact`: every row has the bits that it would have alone."""
+
+    def __init__(self, language: LanguageModel, form: Form = "blocked", *, exact: bool = True) -> None:
+        model = language.model
+        config = model.config
+        self.language = language
+        self.embedding: Tensor = model.get_input_embeddings().weight.detach()
+        self.dtype = self.embedding.dtype
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.scale = self.head_width**-0.5
+        self.width = config.hidden_size
+        device = self.embedding.device
+        self.eps = torch.tensor((self.width * config.rms_norm_eps) ** 0.5, device=device)
+        self.slots = Slots(len(model.model.layers), self.kv_heads, self.head_width, self.dtype, device)
+        self.flat: list[tuple[Tensor, Tensor]] = []
+        self.turns = torch.empty(0, self.head_width // 2, dtype=torch.complex64, device=device)
+        self.exact_rows = EXACT_ROWS if exact and form == "blocked" and self.dtype == torch.bfloat16 else None
+        # Prompts are read with the weights as they are; 4-bit blocks serve the steps, where memory traffic decides.
+        reading: Form = "blocked" if form == "int4" and blocked_is_available(self.dtype) else form
+        self.layers = [self._layer(layer, form) for layer in model.model.layers]
+        self.reading = self.layers if reading == form else [self._layer(layer, reading) for layer in model.model.layers]
+        self.norm = self._norm_weight(model.model.norm)
+        self.head: Product = _product(form, [model.lm_head])
+
+    # weights
+
+    def _layer(self, layer: Any, form: Form) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        return _Layer(
+            self._norm_weight(layer.input_layernorm),
+            _product(form, [attention.q_proj, attention.k_proj, attention.v_proj]),
+            _product(form, [attention.o_proj]),
+            self._norm_weight(layer.post_attention_layernorm),
+            _product(form, [mlp.gate_proj]),
+            _product(form, [mlp.up_proj]),
+            _product(form, [mlp.down_proj]),
+        )
+
+    def _norm_weight(self, norm: Any) -> Tensor:
+        """RMSNorm divides by the norm over sqrt(width): the root is here."""
+        weight: Tensor = norm.weight.detach().float() * self.width**0.5
+        return weight
+
+    # cache
+
+    def reserve(self, rows: int, length: int) -> None:
+        if not self.slots.reserve(rows, -(-length // KEYS_MULTIPLE) * KEYS_MULTIPLE):
+            return
+        self.flat = [
+            (keys.view(-1, self.head_width), values.view(-1, self.head_width))
+            for keys, values in zip(self.slots.keys, self.slots.values, strict=True)
+        ]
+        positions = torch.arange(self.slots.capacity, device=self.embedding.device)[None]
+        cos, sin = self.language.model.model.rotary_emb(self.norm, positions)
+        half = self.head_width // 2
+        self.turns = torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float())
+
+    def move(self, source: int, target: int, length: int) -> None:
+        self.slots.move(source, target, length)
+
+    # computation
+
+    @torch.inference_mode()
+    def read(
+        self, prompts: Sequence[Float[Tensor, "length width"]], rows: Sequence[int]
+    ) -> Float[Tensor, "prompts vocab"]:
+        """One by one: a prompt fills the cores, and its bits do not depend on its neighbours."""
+        return torch.cat([self._read(prompt, row) for prompt, row in zip(prompts, rows, strict=True)])
+
+    def _read(self, x: Float[Tensor, "length width"], row: int) -> Float[Tensor, "1 vocab"]:
+        length = len(x)
+        turns = self.turns[:length]
+        x = x.to(self.dtype)
+        for index, layer in enumerate(self.reading):
+            q, k, v = self._project(x, layer, turns)
+            self.slots.keys[index][row, :, :length] = k
+            self.slots.values[index][row, :, :length] = v
+            if layer is self.reading[-1]:
+                q, x = q[:, -1:], x[-1:]  # nothing above needs the other positions
+            seen = attend(q[None], k[None], v[None], causal=True, scale=self.scale)
+            x = self._finish(x, seen[0].transpose(0, 1).reshape(len(x), -1), layer)
+        return self.head(self._normalise(x, self.norm))
+
+    @torch.inference_mode()
+    def step(self, tokens: Int[Tensor, " rows"], lengths: Sequence[int]) -> Float[Tensor, "rows vocab"]:
+        group = self.exact_rows or len(tokens)
+        parts = [
+            self._step(tokens[start : start + group], lengths[start : start + group], start)
+            for start in range(0, len(tokens), group)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _step(self, tokens: Tensor, lengths: Sequence[int], start: int) -> Float[Tensor, "rows vocab"]:
+        attention = self._step_attention(lengths, start)
+        turns = self.turns[torch.tensor(lengths)]
+        x = F.embedding(tokens, self.embedding)
+        for index, layer in enumerate(self.layers):
+            x = self._finish(x, attention(index, *self._project(x, layer, turns)), layer)
+        return self.head(self._normalise(x, self.norm))
+
+    def _step_attention(self, lengths: Sequence[int], start: int) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
+        """Store one position a row, then attend to each row's own past. Made once a step, used by every layer."""
+        rows, kv_heads, capacity = len(lengths), self.kv_heads, self.slots.capacity
+        positions = torch.tensor(lengths)
+        longest = -(-(max(lengths) + 1) // KEYS_MULTIPLE) * KEYS_MULTIPLE
+        row_of = torch.arange(start, start + rows)
+        places = ((row_of[None] * kv_heads + torch.arange(kv_heads)[:, None]) * capacity + positions[None]).flatten()
+        unseen = torch.arange(longest) > positions[:, None]
+        mask = torch.zeros(rows, longest, dtype=self.dtype).masked_fill_(unseen, -torch.inf)[:, None, None]
+        stop, group, width, scale = start + rows, self.heads // kv_heads, self.head_width, self.scale
+        keys, values, flat = self.slots.keys, self.slots.values, self.flat
+        sdpa = F.scaled_dot_product_attention
+
+        def attention(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            flat_keys, flat_values = flat[index]
+            flat_keys.index_copy_(0, places, k.reshape(-1, width))
+            flat_values.index_copy_(0, places, v.reshape(-1, width))
+            # The heads that share keys stand as queries of one head: CPU sdpa then reads the keys once.
+            seen = sdpa(
+                q.view(kv_heads, group, rows, width).permute(2, 0, 1, 3),
+                keys[index][start:stop, :, :longest],
+                values[index][start:stop, :, :longest],
+                attn_mask=mask,
+                scale=scale,
+            )
+            return seen.reshape(rows, -1)
+
+        return attention
+
+    def _project(
+        self, x: Float[Tensor, "length width"], layer: _Layer, turns: Complex[Tensor, "length half"]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as (heads, length, head_width); the first two rotated, halves interleaved."""
+        qkv = layer.qkv(self._normalise(x, layer.norm1))
+        length, width, half = len(x), self.head_width, self.head_width // 2
+        rotated = self.heads + self.kv_heads
+        stride = qkv.stride(0)
+        # Interleaved halves are complex numbers, so rotating is one product; q k^T does not see the order.
+        pairs = torch.empty(rotated, length, half, 2)
+        pairs.copy_(qkv.as_strided((rotated, length, half, 2), (width, stride, 1, half)))
+        torch.view_as_complex(pairs).mul_(turns)
+        both = pairs.view(rotated, length, width).to(self.dtype)
+        v = qkv.as_strided((self.kv_heads, length, width), (width, stride, 1), qkv.storage_offset() + rotated * width)
+        return both[: self.heads], both[self.heads :], v
+
+    def _finish(self, x: Tensor, seen: Float[Tensor, "length heads_width"], layer: _Layer) -> Tensor:
+        x = layer.out.plus(seen, x)
+        y = self._normalise(x, layer.norm2)
+        return layer.down.plus(layer.up.times(y, layer.gate.silu(y)), x)
+
+    def _normalise(self, x: Float[Tensor, "length width"], weight: Tensor) -> Float[Tensor, "length width"]:
+        """RMSNorm in float32: the norm, with eps inside by hypot, in four operators."""
+        norm = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
+        return torch.div(x, norm.hypot_(self.eps)).mul_(weight).to(self.dtype)
+
+
+def _product(form: Form, linears: Sequence[nn.Linear]) -> Product:
+    """One product of several matrices with the same input."""
+    weight = (
+        torch.cat([linear.weight.detach() for linear in linears]) if len(linears) > 1 else linears[0].weight.detach()
+    )
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    bias = torch.cat(biases) if biases else None
+    if form == "int4":
+        return FourBitProduct(weight, bias)
+    return BlockedProduct(weight, bias) if form == "blocked" else PlainProduct(weight, bias)

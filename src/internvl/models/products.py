@@ -1,0 +1,125 @@
+"""A weight matrix as its product: plain, in oneDNN's blocked layout, or as 4-bit blocks.
+
+Which form decoding uses is decided in fused.py; here is what each form can do.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+GROUP = 32
+"""Weights that share a scale and a minimum, as in GGUF's Q4_1."""
+LEVELS = 15
+MIDDLE = 8
+"""The kernel computes (q - 8) * scale + zero."""
+ROWS_MULTIPLE = 64
+"""Output rows that the 4-bit kernel takes together."""
+
+
+class Product(Protocol):
+    """x W^T + b, and the three forms in which it is followed by one elementwise step."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+    def silu(self, x: Tensor) -> Tensor: ...
+    def times(self, x: Tensor, other: Tensor) -> Tensor: ...
+    def plus(self, x: Tensor, other: Tensor) -> Tensor: ...
+
+
+class PlainProduct:
+    """The matrix as it is: any device, any dtype, no copy."""
+
+    def __init__(self, weight: Float[Tensor, "out in"], bias: Tensor | None = None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def silu(self, x: Tensor) -> Tensor:
+        return F.silu(self(x), inplace=True)
+
+    def times(self, x: Tensor, other: Tensor) -> Tensor:
+        return self(x).mul_(other)
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        return self(x).add_(other)
+
+
+class BlockedProduct:
+    """A copy in oneDNN's own layout: twice the speed of the plain matrix on a few rows, and fused last steps."""
+
+    def __init__(self, weight: Float[Tensor, "out in"], bias: Tensor | None = None) -> None:
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+        self.bias = bias
+        self.linear = torch.ops.mkldnn._linear_pointwise.default
+        self.linear_with = torch.ops.mkldnn._linear_pointwise.binary
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x, self.weight, self.bias, "none", [], "")
+        return out
+
+    def silu(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x, self.weight, self.bias, "swish", [], "")
+        return out
+
+    def times(self, x: Tensor, other: Tensor) -> Tensor:
+        out: Tensor = self.linear_with(x, other, self.weight, self.bias, "mul")
+        return out
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        out: Tensor = self.linear_with(x, other, self.weight, self.bias, "add")
+        return out
+
+
+class FourBitProduct:
+    """A copy of 4-bit blocks; x is bfloat16."""
+
+    def __init__(self, weight: Float[Tensor, "out in"], bias: Tensor | None = None) -> None:
+        self.rows = weight.shape[0]
+        padded = F.pad(weight.detach(), (0, 0, 0, -self.rows % ROWS_MULTIPLE))
+        levels, scale_and_zero = quantise(padded)
+        self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 2)
+        self.scale_and_zero = scale_and_zero
+        self.bias = bias
+        self.product = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = self.product(x, self.weight, GROUP, self.scale_and_zero)
+        if out.shape[1] != self.rows:
+            out = out[:, : self.rows]
+        return out if self.bias is None else out + self.bias
+
+    def silu(self, x: Tensor) -> Tensor:
+        return F.silu(self(x), inplace=True)
+
+    def times(self, x: Tensor, other: Tensor) -> Tensor:
+        return self(x).mul_(other)
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        return self(x).add_(other)
+
+
+def quantise(weight: Float[Tensor, "out in"]) -> tuple[Tensor, Tensor]:
+    """Levels 0..15 (int32) and, for every group, scale and zero (bfloat16) so that w = (level - 8) scale + zero."""
+    out, width = weight.shape
+    if width % GROUP:
+        raise ValueError(f"a matrix of width {width}: 4-bit weights need a multiple of {GROUP}; use dtype bfloat16")
+    groups = weight.float().view(out, width // GROUP, GROUP)
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    # What the kernel will multiply with, so that rounding the scale is made up for by the levels.
+    scale = ((high - low) / LEVELS).bfloat16().float().clamp(min=torch.finfo(torch.bfloat16).tiny)
+    zero = (low + MIDDLE * scale).bfloat16().float()
+    levels = ((groups - zero) / scale).round_().add_(MIDDLE).clamp_(0, LEVELS)
+    stacked = torch.stack([scale.squeeze(-1).t(), zero.squeeze(-1).t()], -1)
+    return levels.view(out, width).int(), stacked.bfloat16().contiguous()
+
+
+def blocked_is_available(dtype: torch.dtype) -> bool:
+    """oneDNN is built in and computes this dtype here."""
+    if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
