@@ -1,0 +1,49 @@
+"""Open Clip Art: drawings with titles and keywords (Debian: openclipart-png for pixels, openclipart-svg for words)."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from internvl.data.packaged.common import Found
+
+_KEPT = ("animals", "buildings", "computer/hardware", "containers", "decorations", "education", "electronics", "food",
+         "geography/astronomy", "office", "people", "plants", "recreation", "science", "signs_and_symbols/weather",
+         "signs_and_symbols/clocks", "signs_and_symbols/hazard", "tools", "transportation", "unsorted")  # fmt: skip
+_SKIPPED = ("recreation/games/cards", "transportation/aiga-symbols", "transportation/roadsigns", "people/stickmen",
+            "recreation/religion", "people/clothing/pantyhose", "unsorted/duplicates", "tools/weapons/hand")  # fmt: skip
+_EMPTY = re.compile(r"clip ?arts?\b.*\bby\b|various|untitled|svg|collection|submission|^\W*$", re.I)
+
+
+def read(pictures: Path, words: Path) -> Iterator[Found]:
+    base, texts = pictures / "usr/share/openclipart/png", words / "usr/share/openclipart/svg"
+    for path in sorted(base.rglob("*.png")):
+        relative = path.relative_to(base).with_suffix("").as_posix()
+        source = texts / f"{relative}.svg"
+        if not relative.startswith(_KEPT) or relative.startswith(_SKIPPED) or not source.is_file():
+            continue
+        svg = source.read_text(encoding="utf-8", errors="replace")
+        title = _tag(svg, "dc:title")
+        if not title or _EMPTY.search(title):
+            title = path.stem  # some series carry one title for all; the file's name is the better one
+        description = _tag(svg, "dc:description")
+        keywords = [html.unescape(k).strip().lower() for k in re.findall(r"<rdf:li[^>]*>([^<]*)</rdf:li>", svg)]
+        folder, _, stem = relative.rpartition("/")
+        yield Found(
+            data=path.read_bytes(),
+            path=relative + ".png",
+            source="openclipart",
+            kind="drawing",
+            title=title,
+            captions=(description,) if description and len(description.split()) > 4 else (),
+            keywords=tuple(k for k in dict.fromkeys(keywords) if k and k not in ("unsorted", "hash")),
+            category=folder.split("/")[0],
+            series=f"openclipart/{folder}/{re.sub(r'[-_]*[0-9]*$', '', re.sub(r'_?(bw|b_and_w|outline)_?', '_', stem))}",
+        )
+
+
+def _tag(svg: str, tag: str) -> str:
+    found = re.search(rf"<{tag}[^>]*>([^<]*)</{tag}>", svg)
+    return re.sub(r"\s+", " ", html.unescape(found[1])).strip() if found else ""

