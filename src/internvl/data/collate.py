@@ -1,0 +1,81 @@
+"""Samples -> batch: padded rows, or one packed row with the bounds of its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from internvl.batch import ChatBatch
+from internvl.data.encode import Sample
+from internvl.data.weighting import Weighting, weigh
+from internvl.tokens import IGNORE_INDEX
+
+
+def collate(
+    samples: Sequence[Sample], pad_id: int, weighting: Weighting = "token", length: int | None = None
+) -> ChatBatch:
+    """Rows padded on the right to the longest sample, or to `length`."""
+    longest = max(len(sample.input_ids) for sample in samples)
+    if length is not None and longest > length:
+        raise ValueError(f"{_longest(samples)}: {longest} tokens; rows are padded to {length}; raise it or cut samples")
+    shape = (len(samples), longest if length is None else length)
+    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
+    weights = torch.zeros(shape)
+    position_ids = torch.zeros(shape, dtype=torch.int64)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for row, sample in enumerate(samples):
+        end = len(sample.input_ids)
+        input_ids[row, :end] = sample.input_ids
+        labels[row, :end] = sample.labels
+        weights[row, :end] = weigh(sample.labels, weighting)
+        position_ids[row, :end] = torch.arange(end)
+        mask[row, :end] = True
+    return ChatBatch(
+        input_ids=input_ids,
+        labels=labels,
+        loss_weights=weights,
+        position_ids=position_ids,
+        tiles=_tiles(samples),
+        attention_mask=mask,
+        num_samples=len(samples),
+    )
+
+
+def collate_packed(
+    samples: Sequence[Sample], pad_id: int, weighting: Weighting = "token", length: int | None = None
+) -> ChatBatch:
+    """One row of all samples, one after the other; padding up to `length` is a segment of its own."""
+    lengths = [len(sample.input_ids) for sample in samples]
+    total = sum(lengths)
+    if length is not None and total > length:
+        raise ValueError(f"{len(samples)} samples of {total} tokens; the row holds {length}; pack fewer or raise it")
+    rest = 0 if length is None else length - total
+    bounds = torch.tensor([0, *lengths, *([rest] if rest else [])]).cumsum(0).to(torch.int32)
+    ids = [*(sample.input_ids for sample in samples), torch.full((rest,), pad_id)]
+    labels = [*(sample.labels for sample in samples), torch.full((rest,), IGNORE_INDEX)]
+    weights = [*(weigh(sample.labels, weighting) for sample in samples), torch.zeros(rest)]
+    # Official: the padding segment stays at position 0.
+    positions = [*(torch.arange(count) for count in lengths), torch.zeros(rest, dtype=torch.int64)]
+    return ChatBatch(
+        input_ids=torch.cat(ids)[None],
+        labels=torch.cat(labels)[None],
+        loss_weights=torch.cat(weights)[None],
+        position_ids=torch.cat(positions)[None],
+        tiles=_tiles(samples),
+        segments=bounds,
+        num_samples=len(samples),
+    )
+
+
+def _tiles(samples: Sequence[Sample]) -> Tensor:
+    tiles = [sample.tiles for sample in samples if sample.num_tiles]
+    if not tiles:
+        return samples[0].tiles
+    return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+
+
+def _longest(samples: Sequence[Sample]) -> str:
+    return max(samples, key=lambda sample: len(sample.input_ids)).source or "sample"

@@ -1,0 +1,266 @@
+"""Record or messages -> token ids, labels, tiles: one path for training, evaluation and chat.
+
+Strings come from templates.py, ids from tokenise.py, pixels from images.py, tiling.py and media.py; stacking samples is
+collate.py's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int, Int64, UInt8
+from PIL import Image
+from torch import Tensor
+
+from internvl.config import ChatConfig
+from internvl.data.images import Limits, Source, compress, header_size, jpeg_augment, open_image, pad_to_square
+from internvl.data.media import FrameSettings, expand_video, probe, read_frames
+from internvl.data.records import Record
+from internvl.data.templates import Piece, Template, Turn, find_template, layout, media_of, turns_of
+from internvl.data.tiling import count_tiles, cut, pixels
+from internvl.data.tokenise import Tokeniser, Tokens, expand
+from internvl.tokens import IGNORE_INDEX, IMAGE_MARK, VIDEO_MARK
+
+_MARKS = re.compile(f"{re.escape(IMAGE_MARK)}|{re.escape(VIDEO_MARK)}")
+
+
+class Sample(NamedTuple):
+    """An encoded record."""
+
+    input_ids: Int64[Tensor, " length"]
+    labels: Int64[Tensor, " length"]
+    tiles: UInt8[Tensor, "tiles 3 side side"]
+    source: str = ""
+    num_cut: int = 0
+    """Tokens that did not fit and were cut off the end."""
+
+    @property
+    def num_tiles(self) -> int:
+        return int(self.tiles.shape[0])
+
+    @property
+    def num_learned(self) -> int:
+        return int((self.labels != IGNORE_INDEX).sum())
+
+
+class Prompt(NamedTuple):
+    """An encoded conversation, open for an answer."""
+
+    input_ids: Int64[Tensor, " length"]
+    tiles: UInt8[Tensor, "tiles 3 side side"]
+
+
+class Counts(NamedTuple):
+    tokens: int
+    tiles: int
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns records and conversations into tensors for one model; keeps no state, pickles, forks."""
+
+    tokenizer: Any
+    """A fast tokenizer of transformers that knows the special tokens."""
+    config: ChatConfig
+    max_length: int | None = None
+    overlong: Literal["error", "cut"] = "error"
+    """A training sample of more than `max_length` tokens: refuse it, or cut its end (the official way)."""
+    augment: bool = False
+    """Compress the tiles of pictures as JPEG at random qualities (official `data_augment`)."""
+    frames: FrameSettings = field(default_factory=FrameSettings)
+    limits: Limits = field(default_factory=Limits)
+
+    @cached_property
+    def tokeniser(self) -> Tokeniser:
+        return Tokeniser(self.tokenizer)
+
+    @cached_property
+    def template(self) -> Template:
+        return find_template(self.config.template)
+
+    def encode(self, record: Record, rng: np.random.Generator | None = None) -> Sample:
+        """The record as a training sample; `rng` draws frames and JPEG qualities."""
+        turns: Sequence[Turn] = record.turns
+        if record.video is not None:
+            chosen = self.frames.choose(probe(record.video), rng, record.clip)
+            turns = expand_video(turns, len(chosen), self.frames.label)
+            tiles = self._frame_tiles(record.video, chosen)
+        else:
+            budget = self._budget(len(record.images))
+            tiles = [self._tiles(open_image(source, self.limits), budget, rng) for source in record.images]
+        ids, labels = self.tokenise(turns, [len(part) for part in tiles], record.source)
+        kept = self._fit(ids, labels, record.source)
+        return Sample(
+            torch.from_numpy(ids[:kept]),
+            torch.from_numpy(labels[:kept]),
+            self._stack(tiles),
+            record.source,
+            len(ids) - kept,
+        )
+
+    def counts(self, record: Record, rng: np.random.Generator | None = None) -> Counts:
+        """Tokens and tiles that `encode` makes, from the headers of the media alone."""
+        turns: Sequence[Turn] = record.turns
+        if record.video is not None:
+            tiles = [1] * len(self.frames.choose(probe(record.video), rng, record.clip))
+            turns = expand_video(turns, len(tiles), self.frames.label)
+        else:
+            budget = self._budget(len(record.images))
+            tiles = [self._count(source, budget) for source in record.images]
+        num_tokens = len(self._tokens(turns).ids) + sum(tiles) * self.config.tokens_per_tile - len(tiles)
+        return Counts(num_tokens if self.max_length is None else min(num_tokens, self.max_length), sum(tiles))
+
+    def prompt(
+        self,
+        messages: Sequence[Mapping[str, Any] | Turn],
+        images: Sequence[Source] = (),
+        *,
+        system_message: str | None = None,
+        max_tiles: int | None = None,
+        add_generation_prompt: bool = True,
+    ) -> Prompt:
+        """A conversation, open for the answer. Images without a mark belong to the last question."""
+        turns, tiles = self._open(messages, images, max_tiles)
+        system = self.config.system_message if system_message is None else system_message
+        pieces = layout(turns, self.template, system, add_generation_prompt)
+        ids, _ = expand(self.tokeniser(pieces), self._lengths([len(part) for part in tiles]))
+        if self.max_length is not None and len(ids) > self.max_length:
+            raise ValueError(
+                f"a prompt of {len(ids)} tokens; the limit is {self.max_length}; shorten it or lower max_tiles"
+            )
+        return Prompt(torch.from_numpy(ids), self._stack(tiles))
+
+    def tokenise(
+        self, turns: Sequence[Turn], tile_counts: Sequence[int], source: str = "record"
+    ) -> tuple[Int[np.ndarray, " length"], Int[np.ndarray, " length"]]:
+        """Ids and labels of training turns whose images have these numbers of tiles; nothing is cut."""
+        try:
+            return expand(self._tokens(turns), self._lengths(tile_counts))
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+
+    # text
+
+    def _tokens(self, turns: Sequence[Turn]) -> Tokens:
+        return self.tokeniser(self._training_pieces(turns))
+
+    def _training_pieces(self, turns: Sequence[Turn]) -> list[Piece]:
+        template = self.template
+        if template.strips:
+            turns = [Turn(turn.role, turn.text.strip()) for turn in turns]
+        if template.drops_leading_answer and turns[0].role == "assistant":
+            turns = turns[1:]
+        return layout(turns, template, self.config.system_message)
+
+    def _lengths(self, tile_counts: Sequence[int]) -> list[int]:
+        return [count * self.config.tokens_per_tile for count in tile_counts]
+
+    def _fit(self, ids: np.ndarray, labels: np.ndarray, source: str) -> int:
+        """How many tokens to keep; never a part of an image, never a sample from which nothing is learned."""
+        limit = len(ids) if self.max_length is None else self.max_length
+        if len(ids) > limit:
+            if self.overlong == "error":
+                raise ValueError(
+                    f"{source}: {len(ids)} tokens; the limit is {limit}; shorten it, raise max_length, "
+                    "lower max_tiles, or set overlong='cut'"
+                )
+            last_image = np.flatnonzero(ids == self.tokeniser.image_token_id)[-1:]
+            if len(last_image) and last_image[0] + 2 > limit:  # the token that ends an image must fit too
+                raise ValueError(
+                    f"{source}: its images end at token {last_image[0] + 2}; the limit is {limit}; "
+                    "raise max_length or lower max_tiles"
+                )
+        if not (labels[:limit] != IGNORE_INDEX).any():
+            raise ValueError(f"{source}: no answer among its first {limit} tokens; raise max_length or remove it")
+        return min(limit, len(ids))
+
+    # pixels
+
+    def _budget(self, num_images: int, max_tiles: int | None = None) -> int:
+        """Tiles that each of several images may have, before thumbnails."""
+        return max(1, (self.config.max_tiles if max_tiles is None else max_tiles) // max(1, num_images))
+
+    def _count(self, source: Source, budget: int) -> int:
+        if not self.config.dynamic_tiles:
+            return 1
+        width, height = header_size(source)
+        if self.config.pad_to_square:
+            width = height = max(width, height)
+        low = min(self.config.min_tiles, budget)
+        return count_tiles(width, height, low, budget, self.config.tile_size, self.config.thumbnail)
+
+    def _tiles(
+        self, image: Image.Image, budget: int, rng: np.random.Generator | None = None
+    ) -> UInt8[Tensor, "tiles 3 side side"]:
+        config = self.config
+        if config.pad_to_square:
+            image = pad_to_square(image, config.normalize)
+        augment = rng if self.augment else None
+        if not config.dynamic_tiles:
+            return self._single(image if augment is None else compress(image, augment))
+        tiles = cut(image, min(config.min_tiles, budget), budget, config.thumbnail, config.tile_size)
+        return tiles if augment is None else jpeg_augment(tiles, augment)
+
+    def _single(self, image: Image.Image) -> UInt8[Tensor, "1 3 side side"]:
+        side = self.config.tile_size
+        return torch.from_numpy(np.ascontiguousarray(pixels(image, side, side).transpose(2, 0, 1)[None]))
+
+    def _frame_tiles(self, video: Any, indices: Sequence[int]) -> list[UInt8[Tensor, "1 3 side side"]]:
+        return [self._single(frame) for frame in read_frames(video, indices, self.limits)]
+
+    def _stack(self, tiles: Sequence[Tensor]) -> UInt8[Tensor, "tiles 3 side side"]:
+        if not tiles:
+            return torch.empty((0, 3, self.config.tile_size, self.config.tile_size), dtype=torch.uint8)
+        return tiles[0] if len(tiles) == 1 else torch.cat(list(tiles))
+
+    # conversations
+
+    def _open(
+        self, messages: Sequence[Mapping[str, Any] | Turn], images: Sequence[Source], max_tiles: int | None
+    ) -> tuple[list[Turn], list[UInt8[Tensor, "tiles 3 side side"]]]:
+        """Turns in which every mark is an image, and the tiles of each."""
+        inside = media_of(messages)
+        pictures = [*(source for kind, source in inside if kind == "image" and source is not None), *images]
+        videos = [source for kind, source in inside if kind == "video"]
+        turns = _mark_last_question(turns_of(messages), len(pictures))
+        budget = self._budget(len(pictures), max_tiles)
+        tiles: list[Tensor] = []
+        for mark in _MARKS.findall("\n".join(turn.text for turn in turns if turn.role == "user")):
+            waiting = pictures if mark == IMAGE_MARK else videos
+            if not waiting:
+                raise ValueError(
+                    f"more {mark} marks in the questions than the {len(inside)} + {len(images)} media; make them equal"
+                )
+            source = waiting.pop(0)
+            if mark == IMAGE_MARK:
+                tiles.append(self._tiles(open_image(source, self.limits), budget))
+            else:
+                frames = self._frame_tiles(source, self.frames.choose(probe(source), None))
+                turns = _expand_first_video(turns, len(frames), self.frames.label)
+                tiles += frames
+        if pictures or videos:
+            raise ValueError(f"{len(pictures) + len(videos)} media without a mark in the questions; make them equal")
+        return turns, tiles
+
+
+def _mark_last_question(turns: list[Turn], num_images: int) -> list[Turn]:
+    """Turns with marks for the images that have none, in front of the last question if it has none itself."""
+    marks = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user")
+    at = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=-1)
+    missing = num_images - marks
+    if at < 0 or missing < 1 or IMAGE_MARK in turns[at].text:
+        return turns
+    numbers = range(marks + 1, num_images + 1)
+    words = f"{IMAGE_MARK}\n" if missing == 1 else "".join(f"Image-{number}: {IMAGE_MARK}\n" for number in numbers)
+    return [*turns[:at], Turn("user", words + turns[at].text), *turns[at + 1 :]]
+
+
+def _expand_first_video(turns: Sequence[Turn], num_frames: int, label: str) -> list[Turn]:
+    at = next(i for i, turn in enumerate(turns) if turn.role == "user" and VIDEO_MARK in turn.text)
+    return [*turns[:at], *expand_video(turns[at : at + 1], num_frames, label, limit=1), *turns[at + 1 :]]
