@@ -68,7 +68,10 @@ class Limits:
     """Width times height, checked in the header before anything is decoded."""
 
 
-def open_image(source: Source, limits: Limits = Limits()) -> Image.Image:
+DEFAULT_LIMITS = Limits()
+
+
+def open_image(source: Source, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
     """A picture as RGB: turned upright by its EXIF, the first frame of an animation, alpha dropped as officially."""
     if isinstance(source, np.ndarray):
         return _from_array(source, limits)

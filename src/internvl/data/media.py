@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageSequence
 
-from internvl.data.images import Limits, open_image
+from internvl.data.images import DEFAULT_LIMITS, Limits, open_image
 from internvl.data.templates import Turn
 from internvl.tokens import IMAGE_MARK, VIDEO_MARK
 
@@ -124,7 +124,7 @@ def probe(path: str | Path) -> Clip:
         return Clip(count, float(stream.average_rate or 1))
 
 
-def read_frames(path: str | Path, indices: Sequence[int], limits: Limits = Limits()) -> list[Image.Image]:
+def read_frames(path: str | Path, indices: Sequence[int], limits: Limits = DEFAULT_LIMITS) -> list[Image.Image]:
     """These frames as RGB; where the file ends early, its last frame."""
     file = Path(path)
     if file.is_dir():
