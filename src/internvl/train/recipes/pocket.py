@@ -1,0 +1,131 @@
+"""How `pocket` is made from its packaged base weights: a connector warm-up, then adapters on both sides.
+
+Two stages as in paper 2.5, table 3 (stage 1 warms the connector up, stage 2 trains the rest), with adapters in place
+of full weights so that what ships stays small. Data: `internvl data build --out data/pocket`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from internvl.train.run import Data, Optimiser, Part, RunConfig, Schedule, Tokens
+
+BASE = "runs/pocket-base"
+DATA = "data/pocket"
+
+
+def pocket_connector() -> RunConfig:
+    """`pocket`, stage 1: the connector and the rows of the nine image tokens; ViT and language model frozen.
+
+    Peak rate 1e-3 as for a fresh projector over frozen parts (LLaVA-1.5, table 9), above the 2e-4 of paper 2.5,
+    table 3, whose batches are a hundred times larger. Command: internvl train pocket_connector
+    """
+    return RunConfig(
+        out="runs/pocket_connector",
+        model=BASE,
+        connector=Part("full"),
+        tokens=Tokens(learn=True),
+        data=_data(batch_samples=256),
+        optimiser=Optimiser(peak_lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0),
+        schedule=Schedule(steps=1500, warmup_steps=100),
+        precision="bf16",
+        log_every=20,
+        save_every=500,
+        eval_every=500,
+    )
+
+
+def pocket_sft() -> RunConfig:
+    """`pocket`, stage 2: connector, image-token rows, LoRA 32 on the language model and LoRA 64 on the ViT.
+
+    Starts from stage 1. Adapter rate 4e-4: ten times the full rate of paper 2.5, table 3 (LoRA wants about ten times
+    the rate of full weights: arXiv 2106.09685, appendix D); scale 2 x rank and every linear layer as officially;
+    square weighting and JPEG augmentation as paper 2.5, section 3.4. Command: internvl train pocket_sft
+    """
+    return replace(
+        pocket_connector(),
+        out="runs/pocket_sft",
+        model="runs/pocket_connector/model",
+        vision=Part("lora", rank=64),
+        connector=Part("full", lr_scale=0.5),
+        language=Part("lora", rank=32),
+        tokens=Tokens(learn=True, lr_scale=0.5),
+        data=replace(_data(batch_samples=256), augment="on"),
+        optimiser=Optimiser(peak_lr=4e-4, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0),
+        schedule=Schedule(steps=12000, warmup_share=0.03),
+        save_every=1000,
+        eval_every=1000,
+    )
+
+
+def pocket_connector_cpu() -> RunConfig:
+    """Stage 1 on two cores: features of the frozen ViT are kept on disk, so every further epoch skips it.
+
+    Command: internvl train pocket_connector_cpu
+    """
+    run = pocket_connector()
+    return replace(
+        run,
+        out="runs/pocket_connector_cpu",
+        data=replace(run.data, batch_samples=16, workers=0, max_tiles=1, features="disk"),
+        schedule=Schedule(steps=1200, warmup_steps=50),
+        log_every=10,
+        save_every=100,
+        eval_every=400,
+    )
+
+
+def pocket_sft_cpu() -> RunConfig:
+    """Stage 2 on two cores: as on a GPU with a ViT that stays frozen and smaller batches.
+
+    Command: internvl train pocket_sft_cpu
+    """
+    run = pocket_sft()
+    return replace(
+        run,
+        out="runs/pocket_sft_cpu",
+        model="runs/pocket_connector_cpu/model",
+        vision=Part("frozen"),
+        data=replace(run.data, batch_samples=16, workers=0, max_tiles=1, features="disk", augment="off"),
+        schedule=Schedule(steps=4000, warmup_share=0.03),
+        log_every=10,
+        save_every=200,
+        eval_every=1000,
+    )
+
+
+def prepare(run: RunConfig) -> None:
+    """Assemble the base weights with a fresh connector where a recipe starts from them."""
+    if run.model == BASE and not (Path(BASE) / "config.json").is_file():
+        write_base(Path(BASE), run.seed)
+
+
+def write_base(folder: Path, seed: int = 0) -> None:
+    """The packaged ViT and language model in the official layout, between them a random connector."""
+    import tempfile
+
+    import torch
+    from safetensors.torch import save_file
+
+    from internvl.models.build import build
+    from internvl.pocket import assemble
+    from internvl.zoo import CHAT
+
+    connector = build(CHAT["pocket"], seed=seed).connector
+    with tempfile.TemporaryDirectory() as source:
+        save_file(connector.state_dict(), Path(source) / "connector.safetensors")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        assemble(Path(source), folder, torch.float32)
+
+
+def _data(batch_samples: int) -> Data:
+    return Data(
+        meta=f"{DATA}/meta.json",
+        held_out=f"{DATA}/heldout/meta.json",
+        batch_samples=batch_samples,
+        workers=12,
+        max_length=1024,
+        max_tiles=4,
+        weighting="square",
+    )

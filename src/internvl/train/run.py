@@ -1,0 +1,272 @@
+"""A training run as data: frozen dataclasses, to and from JSON, and what a stage must offer the loop.
+
+Nothing here touches a model or a file other than `run.json`; recipes build these values, `loop.py` obeys them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_type_hints
+
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from internvl.train.trainable import Learner
+
+PARTS = ("vision", "connector", "language")
+
+
+@dataclass(frozen=True)
+class Part:
+    """How one part of the model learns."""
+
+    learn: Literal["frozen", "full", "lora"] = "frozen"
+    lr_scale: float = 1.0
+    """Multiplies the peak learning rate for this part."""
+    rank: int = 16
+    """Of the adapters, when learn is lora."""
+    alpha: int | None = None
+    """Adapter scale; twice the rank when not given (official wrap_llm_lora)."""
+    dropout: float = 0.05
+    """Before each adapter (official wrap_llm_lora)."""
+    layers_from: int = 0
+    """First block that learns: -4 is the last four (official `unfreeze_vit_layers`). Language and vision, full only."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The rows of the added special tokens in the token table, learned beside a language model that is frozen or adapted."""
+
+    learn: bool = False
+    lr_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is learned from, and how it is cut into batches."""
+
+    meta: str = ""
+    """Meta JSON naming several sets, or one JSONL file of records."""
+    held_out: str = ""
+    """JSONL or meta JSON never trained on; its loss is the held-out loss."""
+    batch_samples: int = 16
+    """Samples in one micro-batch."""
+    batch_tokens: int | None = None
+    """Padded positions in one micro-batch; replaces `batch_samples` when given."""
+    workers: int = 0
+    max_length: int = 8192
+    """Positions of one sample (official `max_seq_length`)."""
+    max_tiles: int | None = None
+    """Tiles of one image before the thumbnail; the model's own number when not given."""
+    weighting: Literal["token", "sample", "square"] = "square"
+    """Weight of a learned token among x of its sample: 1, 1/x, 1/sqrt(x) (paper 2.5, section 3.4)."""
+    augment: Literal["as_given", "on", "off"] = "as_given"
+    """JPEG re-encoding of tiles: as each set of the meta JSON says, or for all, or for none (paper 2.5, section 3.4)."""
+    features: Literal["none", "memory", "disk"] = "none"
+    """Keep the features of each tile while the vision part is frozen, so that it is seen once."""
+    features_folder: str = ""
+    """Where features are kept on disk; inside the run's folder when empty."""
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """AdamW (official scripts: 0.9, 0.999, 1e-8; clipping is the trainer's default)."""
+
+    peak_lr: float = 4e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    """On matrices only; biases, norms and other vectors never decay."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 switches clipping off."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long, and the learning rate along the way: linear warm-up, then cosine to 0."""
+
+    steps: int | None = None
+    """Optimiser steps; either this or epochs."""
+    epochs: float | None = None
+    warmup_steps: int | None = None
+    """Replaces `warmup_share` when given."""
+    warmup_share: float = 0.03
+    over: Literal["steps", "time"] = "steps"
+    """time: progress is elapsed / max_minutes, so that a time-boxed run ends at 0 (its resume is not bit-exact)."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run of a stage, fully set."""
+
+    out: str = "runs/run"
+    """Folder of this run: run.json, metrics, checkpoints, the trained model."""
+    stage: str = "sft"
+    model: str = "pocket"
+    """Name or folder, as `internvl.load` takes it; `tiny-...` names have random weights."""
+    vision: Part = Part()
+    connector: Part = Part()
+    language: Part = Part()
+    tokens: Tokens = Tokens()
+    data: Data = Data()
+    optimiser: Optimiser = Optimiser()
+    schedule: Schedule = Schedule()
+    accumulate: int = 1
+    """Micro-batches in one step; the loss is weighted over all of them, so k x b equals one batch of k*b."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast; what learns is kept in fp32, what is frozen in bf16."""
+    grad_checkpoint: bool = False
+    """Recompute block activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile the blocks of the vision and language parts (CUDA)."""
+    seed: int = 0
+    device: str = "auto"
+    """auto: cuda when there is one."""
+    log_every: int = 10
+    save_every: int = 500
+    """Steps between checkpoints; 0 saves at the end only."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 evaluates at the end only."""
+    keep: int = 2
+    """Latest checkpoints kept, beside the best one."""
+    max_minutes: float | None = None
+    """Stop cleanly, saved, after this time."""
+    export: Literal["last", "best", "none"] = "last"
+    """Which weights become the trained model in `out/model`."""
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def part(self, name: str) -> Part:
+        return {"vision": self.vision, "connector": self.connector, "language": self.language}[name]
+
+
+RESUME_FREE = frozenset(
+    ["out", "device", "log_every", "save_every", "eval_every", "keep", "max_minutes", "export"]
+    + ["data.workers", "data.features", "data.features_folder", "data.held_out"]
+)
+"""Fields that may change when a run goes on: they do not change what is learned."""
+
+
+class Prepared(Protocol):
+    """A micro-batch ready for the device; ChatBatch-like."""
+
+    def pin_memory(self) -> Prepared: ...
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Prepared: ...
+
+
+class Stage(Protocol):
+    """A kind of training: it holds a model and its data, and turns a batch into named sums of losses."""
+
+    coefficients: Mapping[str, float]
+    """Loss name -> its factor in the total."""
+
+    def begin(self, run: RunConfig, device: torch.device) -> Learner:
+        """The model on the device, with what learns chosen."""
+
+    def batches(self) -> Iterator[Any]:
+        """Endless micro-batches on the host, from the cursor on."""
+
+    def cursor(self) -> dict[str, Any]:
+        """Plain JSON: where the data stands after the batch that was yielded last."""
+
+    def seek(self, cursor: Mapping[str, Any]) -> None: ...
+
+    def batches_per_epoch(self) -> int: ...
+
+    def prepare(self, batch: Any) -> Prepared:
+        """Host work; runs in a thread ahead of the step, so it draws no random number."""
+
+    def weights(self, batch: Any) -> Mapping[str, float]:
+        """Loss name -> sum of weights of this batch, known before the model runs."""
+
+    def losses(self, prepared: Any) -> Mapping[str, Float[Tensor, ""]]:
+        """Loss name -> weighted sum over a batch; the loop divides by the weights of the whole window."""
+
+    def sizes(self, batch: Any) -> Mapping[str, int]:
+        """Counts of a batch: samples, tokens, learned, tiles."""
+
+    def describe(self, batch: Any) -> str:
+        """Names the samples of a batch, for error messages."""
+
+    def export(self, learner: Learner, out: Path) -> None:
+        """Write folders below `out`: the trained model, and what learned beside it."""
+
+
+def _check(run: RunConfig) -> None:
+    schedule = run.schedule
+    if (schedule.steps is None) == (schedule.epochs is None) and schedule.over == "steps":
+        raise ValueError(
+            f"schedule.steps is {schedule.steps} and schedule.epochs is {schedule.epochs}; give exactly one of them"
+        )
+    if schedule.over == "time" and run.max_minutes is None:
+        raise ValueError("schedule.over is 'time' but max_minutes is not given; set --max-minutes")
+    if schedule.over == "time" and schedule.warmup_steps is not None:
+        raise ValueError("schedule.over is 'time' counts warm-up as a share; set schedule.warmup_share, not warmup_steps")
+    positive = {"accumulate": run.accumulate, "data.batch_samples": run.data.batch_samples, "log_every": run.log_every}
+    positive |= {"keep": run.keep, "schedule.steps": schedule.steps, "schedule.epochs": schedule.epochs}
+    positive |= {"max_minutes": run.max_minutes, "optimiser.peak_lr": run.optimiser.peak_lr}
+    for name, value in positive.items():
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} is {value}; it must be above 0")
+    if run.connector.learn == "lora":
+        raise ValueError("connector.learn is 'lora'; the connector is small: use full or frozen")
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+T = TypeVar("T")
+
+
+def to_json(run: RunConfig) -> dict[str, Any]:
+    return asdict(run)
+
+
+def from_json(text: Mapping[str, Any]) -> RunConfig:
+    """The inverse of `to_json`; ValueError names a field that does not exist."""
+    return _build(RunConfig, text, "")
+
+
+def read_run(path: Path) -> RunConfig:
+    """A run from its `run.json`, or from the folder that holds it."""
+    path = path / "run.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; --run takes the run.json that a run wrote, or its folder")
+    try:
+        return from_json(json.loads(path.read_text(encoding="utf-8")))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """Fields that would change what a resumed run learns, with both values."""
+    before, after = _flat(to_json(old)), _flat(to_json(new))
+    return [f"{k}: {before[k]!r} -> {after[k]!r}" for k in after if k not in RESUME_FREE and before[k] != after[k]]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _build(kind: type[T], tree: Mapping[str, Any], where: str) -> T:
+    hints = get_type_hints(kind)
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(set(tree) - set(known)):
+        raise ValueError(f"{where}{unknown[0]} is no field of {kind.__name__}; it has {', '.join(known)}")
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        hint = hints[name]
+        if is_dataclass(hint):
+            values[name] = _build(hint, value, f"{where}{name}.")
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)

@@ -1,0 +1,172 @@
+"""Next token over chat rows, pre-training and fine-tuning alike (paper 2.5, section 3): a batch to its weighted loss.
+
+What learns is trainable.py's, batches are data's; logits exist only where the next label is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from internvl.batch import ChatBatch
+from internvl.data.images import normalise
+from internvl.models.chat import ChatModel
+from internvl.tokens import SPECIAL_TOKENS, token_id
+from internvl.train import features, losses, trainable
+from internvl.train.export import export_model, export_parts
+from internvl.train.run import RunConfig
+
+if TYPE_CHECKING:
+    from internvl.data.loader import Loader
+
+LOSS = "next_token"
+HEAD_CHUNK = 8192
+"""Positions whose logits exist at a time: at 49,161 words in fp32 that is 1.6 GB."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch with the places of its learned tokens found on the host, so that the device never waits for a count."""
+
+    batch: ChatBatch
+    positions: Int[Tensor, " learned"]
+    targets: Int[Tensor, " learned"]
+    weights: Float[Tensor, " learned"]
+    num_image_tokens: int
+    digests: tuple[bytes, ...] = ()
+    """Content of each tile, where features are kept."""
+
+    def pin_memory(self) -> Prepared:
+        return self._moved(lambda value: value.pin_memory())
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Prepared:
+        return self._moved(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def _moved(self, move: Any) -> Prepared:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: move(v) for k, v in values.items() if isinstance(v, Tensor | ChatBatch)})
+
+
+class Sft:
+    """Supervised next-token training of a chat model."""
+
+    coefficients: Mapping[str, float] = {LOSS: 1.0}
+
+    def __init__(self, run: RunConfig, model: ChatModel, tokenizer: Any, loader: Loader, held_out: Loader | None) -> None:
+        self.run, self.model, self.tokenizer = run, model, tokenizer
+        self.loader, self.held_out = loader, held_out
+        self.store: features.MemoryStore | None = None
+        self.image_token_id = token_id(tokenizer, SPECIAL_TOKENS[2])
+
+    def begin(self, run: RunConfig, device: torch.device) -> trainable.Learner:
+        self.model.to(device)
+        rows = [token_id(self.tokenizer, token) for token in SPECIAL_TOKENS]
+        learner = trainable.choose(self.model, run, rows)
+        if run.grad_checkpoint:
+            self.model.checkpoint()
+        if run.compile:
+            for block in (*self.model.vision.layers, *self.model.language.model.model.layers):
+                block.compile()
+        self.store = self._open_store(device)
+        return learner
+
+    def batches(self) -> Iterator[ChatBatch]:
+        return iter(self.loader)
+
+    def cursor(self) -> dict[str, Any]:
+        return self.loader.state_dict()
+
+    def seek(self, cursor: Mapping[str, Any]) -> None:
+        self.loader.load_state_dict(dict(cursor))
+
+    def batches_per_epoch(self) -> int:
+        return len(self.loader)
+
+    def prepare(self, batch: ChatBatch) -> Prepared:
+        positions, targets, weights = losses.shift(batch.labels, batch.loss_weights)
+        return Prepared(
+            batch,
+            positions,
+            targets,
+            weights,
+            int((batch.input_ids == self.image_token_id).sum()),
+            tuple(features.digests(batch.tiles)) if self.store is not None else (),
+        )
+
+    def weights(self, batch: ChatBatch) -> dict[str, float]:
+        return {LOSS: float(losses.shift(batch.labels, batch.loss_weights)[2].double().sum())}
+
+    def losses(self, prepared: Prepared) -> dict[str, Float[Tensor, ""]]:
+        batch = prepared.batch
+        hidden = self.model.hidden(
+            batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            segments=batch.segments,
+            visual=self._visual(prepared) if batch.num_tiles else None,
+            num_image_tokens=prepared.num_image_tokens,
+        )
+        learned = hidden.flatten(0, 1).index_select(0, prepared.positions)
+        head = self.model.language.head
+        return {LOSS: losses.chunked_sum(learned, head, prepared.targets, prepared.weights, HEAD_CHUNK)}
+
+    def sizes(self, batch: ChatBatch) -> dict[str, int]:
+        seen = batch.input_ids.numel() if batch.attention_mask is None else int(batch.attention_mask.sum())
+        return {"samples": batch.num_samples, "tokens": seen, "learned": batch.num_learned, "tiles": batch.num_tiles}
+
+    def describe(self, batch: ChatBatch) -> str:
+        return self.loader.describe(batch)
+
+    def evaluate(self, device: torch.device) -> dict[str, float]:
+        """Mean loss over the held-out records, weighted as in training."""
+        if self.held_out is None:
+            return {}
+        total, weight = torch.zeros((), dtype=torch.float64, device=device), 0.0
+        for batch in self.held_out.once():
+            weight += self.weights(batch)[LOSS]
+            total += self.losses(self.prepare(batch).to(device))[LOSS].double()
+        return {"held_out_loss": float(total) / weight}
+
+    def export(self, learner: trainable.Learner, out: Path) -> None:
+        dtype = torch.bfloat16 if self.run.precision == "bf16" else torch.float32
+        export_parts(learner, out / "parts", dtype)
+        export_model(learner, self.tokenizer, out / "model", dtype)
+
+    def _visual(self, prepared: Prepared) -> Float[Tensor, "tiles tokens width"]:
+        tiles = prepared.batch.tiles
+        if self.store is None:
+            seen = self._features(tiles)
+        else:
+            seen = self.store.gather(tiles, prepared.digests, self._features)
+        return self.model.connector(seen)
+
+    def _features(self, tiles: Tensor) -> Float[Tensor, "tiles patches width"]:
+        """What the connector reads: the tapped block without the class token."""
+        config = self.model.config
+        return self.model.vision(normalise(tiles, config.normalize), config.feature_layer)[:, 1:]
+
+    def _open_store(self, device: torch.device) -> features.MemoryStore | None:
+        data = self.run.data
+        if data.features == "none":
+            return None
+        if self.run.vision.learn != "frozen" or data.augment == "on":
+            raise ValueError(
+                f"data.features is {data.features!r}, but vision.learn is {self.run.vision.learn!r} and data.augment is "
+                f"{data.augment!r}; features can be kept of a frozen vision part and unchanged tiles only"
+            )
+        if data.features == "memory":
+            return features.MemoryStore()
+        config = self.model.config
+        settings = {"layer": config.feature_layer, "normalize": config.normalize, "side": config.tile_size}
+        settings |= {"precision": self.run.precision, "device": device.type}
+        folder = Path(data.features_folder or f"{self.run.out}/features") / features.key(self.model.vision, **settings)
+        probe = torch.zeros(1, 3, config.tile_size, config.tile_size, dtype=torch.uint8, device=device)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.run.precision == "bf16"):
+            shape = self._features(probe)
+        return features.DiskStore(folder, shape.shape[1:], shape.dtype)
