@@ -32,3 +32,22 @@ def golden_tensors(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 def part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """Tensors below a prefix, without it."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def official_model(name: str) -> tuple[Any, dict[str, torch.Tensor], dict[str, Any]]:
+    """Our model with the weights of a reference file, the file's tensors, and its notes."""
+    from internvl.convert.keys import expand
+    from internvl.convert.official import from_official, official_rules
+    from internvl.models.build import build
+
+    tensors, notes = golden_tensors(name)
+    config = from_official({"model_type": "internvl_chat", **notes["config"]})
+    model = build(config)
+    weights, state = part(tensors, "w/"), {}
+    entries = expand(official_rules(config), model.state_dict())
+    assert sorted(key for entry in entries for key in entry.disk) == sorted(weights)
+    for entry in entries:
+        state |= dict(zip(entry.ours, entry.to_ours([weights[key] for key in entry.disk]), strict=True))
+    model.load_state_dict(state)
+    model.image_token_id = notes["img_context_token_id"]
+    return model, tensors, notes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +14,12 @@ from internvl.config import ChatConfig
 from internvl.convert import native, official
 from internvl.convert.files import Weights, open_weights, read_json, write_json, write_weights
 from internvl.convert.keys import Entry, check_keys, expand, matches
-from internvl.models.build import build, fill_buffers
+from internvl.models.build import build, finish
 from internvl.models.chat import ChatModel
 from internvl.tokens import IMAGE_TOKEN
 from internvl.zoo import CHAT
 
-Layout = Literal["official", "native"]
+LAYOUTS = ("official", "native")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 EMBEDDING, HEAD = "language.model.model.embed_tokens.weight", "language.model.lm_head.weight"
 
@@ -40,7 +40,7 @@ def load_checkpoint(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    layout: Layout | None = None,
+    layout: str | None = None,
 ) -> Loaded:
     """Open a checkpoint folder of either layout, `pocket`, or a `tiny-*` model of random weights."""
     if str(path) == "pocket":
@@ -54,7 +54,7 @@ def load_checkpoint(
     if not folder.is_dir():
         raise FileNotFoundError(f"{path}: no such folder, and no model of that name; names are {', '.join(CHAT)}")
     settings = read_json(folder / "config.json")
-    layout = layout or _layout(settings, folder)
+    layout = _known(layout or _layout(settings, folder))
     if layout == "native":
         config, image_token_id = native.from_native(settings, folder / "config.json")
     else:
@@ -66,20 +66,18 @@ def load_checkpoint(
     return Loaded(model, tokenizer, config, layout)
 
 
-def save_checkpoint(model: ChatModel, tokenizer: Any, out: str | Path, layout: Layout = "official") -> None:
+def save_checkpoint(model: ChatModel, tokenizer: Any, out: str | Path, layout: str = "official") -> None:
     """Write weights, config and tokenizer; other tools load the folder. Each file appears only when it is whole."""
     folder = Path(out)
-    if layout == "native":
+    if _known(layout) == "native":
         settings = native.to_native(model.config, model.image_token_id)
-    elif layout == "official":
-        settings = official.to_official(model.config)
     else:
-        raise ValueError(f"layout {layout!r}; it is 'official' or 'native'")
+        settings = official.to_official(model.config)
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     entries = expand(_rules(model.config, layout), state)
     readers = {key: (entry, index) for entry in entries for index, key in enumerate(entry.disk)}
-    shapes = {}
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for entry in entries:
         on_disk = entry.to_disk([state[key].to("meta") for key in entry.ours])
         shapes |= {key: (tuple(x.shape), x.dtype) for key, x in zip(entry.disk, on_disk, strict=True)}
@@ -99,7 +97,13 @@ def _rules(config: ChatConfig, layout: str) -> list[Any]:
     return native.native_rules(config) if layout == "native" else official.official_rules(config)
 
 
-def _layout(settings: Mapping[str, Any], folder: Path) -> Layout:
+def _known(layout: str) -> str:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r}; it is {' or '.join(LAYOUTS)}")
+    return layout
+
+
+def _layout(settings: Mapping[str, Any], folder: Path) -> str:
     if settings.get("model_type") == native.MODEL_TYPE:
         return "native"
     if settings.get("model_type") == official.MODEL_TYPE:
@@ -110,7 +114,7 @@ def _layout(settings: Mapping[str, Any], folder: Path) -> Layout:
     )
 
 
-def _read(model: ChatModel, folder: Path, layout: Layout, dtype: torch.dtype, device: torch.device | str) -> None:
+def _read(model: ChatModel, folder: Path, layout: str, dtype: torch.dtype, device: torch.device | str) -> None:
     """Assign every weight, one tensor at a time, so that memory never holds the model twice."""
     weights = open_weights(folder)
     names = {_current(key, layout): key for key in weights.shapes if not matches(key, official.DERIVED_KEYS)}
@@ -134,7 +138,7 @@ def _read(model: ChatModel, folder: Path, layout: Layout, dtype: torch.dtype, de
     if tied:
         loaded[HEAD] = loaded[EMBEDDING]
     model.load_state_dict(loaded, assign=True)
-    fill_buffers(model, device)
+    finish(model)
 
 
 def _tensors(

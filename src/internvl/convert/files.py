@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors, whole or in shards, read one tensor at a time and written so that a crash leaves no half.
+"""Weights on disk: safetensors, whole or in shards, read one tensor at a time; a crash while writing leaves no half.
 
 Knows nothing of models: keys are whatever the files say. Pickle files are refused.
 """

@@ -165,8 +165,9 @@ def _with_extra(config: ChatConfig, extra: object, where: object) -> ChatConfig:
         return config
     official = from_official(extra, where)
     mine, theirs = config.language.settings, official.language.settings
-    drop_path = {"drop_path": official.vision.drop_path, "drop_path_schedule": official.vision.drop_path_schedule}
-    if replace(config.vision, **drop_path) != official.vision or any(mine.get(k) != theirs.get(k) for k in CORE_TEXT):
+    schedule = official.vision.drop_path_schedule
+    vision = replace(config.vision, drop_path=official.vision.drop_path, drop_path_schedule=schedule)
+    if vision != official.vision or any(mine.get(key) != theirs.get(key) for key in CORE_TEXT):
         return config
     settings = {**theirs, "vocab_size": mine["vocab_size"], "tie_word_embeddings": config.language.tied}
     if "tie_word_embeddings" not in theirs and not config.language.tied:

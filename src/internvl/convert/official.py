@@ -127,6 +127,9 @@ def from_official(settings: Mapping[str, Any], where: object = "config.json") ->
         chat["tile_size"] = vision.get("image_size", VISION_DEFAULTS["image_size"])
     if not isinstance(chat.get("template"), str):
         raise ValueError(f"{where}: template is {chat.get('template')!r}, must name a conversation template")
+    _one_of(chat["downsample"], (0.5, 1.0, 0.25), "downsample_ratio", where)
+    _one_of(chat["pixel_shuffle"], ("v1", "v2"), "ps_version", where)
+    _one_of(chat["normalize"], ("imagenet", "clip", "siglip"), "normalize_type", where)
     unknown = _rest(settings, READ_BY_US, CHAT_CONSTANTS)
     vision_rest = _rest(vision, {*VISION_FIELDS.values(), "drop_path_schedule"}, VISION_CONSTANTS)
     if vision_rest:
@@ -211,7 +214,8 @@ def _vision(settings: Mapping[str, Any], where: object) -> VisionConfig:
     if settings.get("hidden_act", "gelu") != "gelu":
         raise ValueError(f"{where}: vision hidden_act is {settings['hidden_act']!r}, must be 'gelu'")
     fields = {ours: settings.get(disk, VISION_DEFAULTS[disk]) for ours, disk in VISION_FIELDS.items()}
-    schedule = settings.get("drop_path_schedule", "linear")
+    _one_of(fields["norm"], ("layer_norm", "rms_norm"), "norm_type", where)
+    schedule = _one_of(settings.get("drop_path_schedule", "linear"), ("linear", "uniform"), "drop_path_schedule", where)
     return _checked(VisionConfig, where, **fields, drop_path_schedule=schedule)
 
 
@@ -223,6 +227,12 @@ def _language(settings: Mapping[str, Any], where: object) -> LanguageConfig:
     if wrong:
         raise ValueError(f"{where}: llm_config has {wrong}; each must be a whole number")
     return LanguageConfig(FAMILIES[names[0]], settings)
+
+
+def _one_of(value: Any, allowed: tuple[Any, ...], field: str, where: object) -> Any:
+    if value not in allowed:
+        raise ValueError(f"{where}: {field} is {value!r}, must be one of {', '.join(map(str, allowed))}")
+    return value
 
 
 def _rest(settings: Mapping[str, Any], known: Iterable[str], constants: Mapping[str, Any]) -> dict[str, Any]:

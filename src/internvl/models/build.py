@@ -22,18 +22,15 @@ def build(
     if torch.device(device).type == "meta":
         return model.eval()
     model = model.to_empty(device=device)
-    fill_buffers(model, device)
+    finish(model)
     initialise(model, seed)
     return model.eval()
 
 
-def fill_buffers(model: ChatModel, device: torch.device | str) -> None:
-    """Compute the rotary frequencies, which no checkpoint stores, after building on the meta device."""
-    decoder = model.language.model.model
-    with torch.device("cpu"):
-        decoder.rotary_emb = type(decoder.rotary_emb)(config=model.language.model.config)
-    decoder.rotary_emb.to(device)
-    if model.language.model.config.tie_word_embeddings:
+def finish(model: ChatModel) -> None:
+    """What weights alone do not bring, after building on the meta device: rotary frequencies, the tied head."""
+    model.language.fill_buffers()
+    if model.config.language.tied:
         model.language.model.tie_weights()
 
 

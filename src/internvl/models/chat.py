@@ -114,6 +114,11 @@ class ChatModel(nn.Module):
         settings = {**self.config.language.settings, "vocab_size": vocab_size}
         self.config = replace(self.config, language=replace(self.config.language, settings=settings))
 
+    def resize_positions(self) -> None:
+        """Store positions for the tile size instead of interpolating them at every use (official resize_pos_embeddings)."""
+        self.vision.resize_positions(self.config.tile_size)
+        self.config = replace(self.config, vision=self.vision.config)
+
     def _image_places(
         self, input_ids: Tensor, visual: Tensor | None, num_image_tokens: int | None
     ) -> Bool[Tensor, "rows length"] | None:

@@ -5,6 +5,8 @@ Weights come from `build.py` or `load.py`; pixel shuffle and projection are `con
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -126,6 +128,13 @@ class InternViT(nn.Module):
                 f"it must be in [{-num_states}, {num_states - 1}]"
             )
         return feature_layer % num_states
+
+    @torch.no_grad()
+    def resize_positions(self, image_size: int) -> None:
+        """Replace the stored positions by those of another image size, for good."""
+        self.config = replace(self.config, image_size=image_size)
+        stored, side = self.embeddings.position_embedding, self.config.grid
+        self.embeddings.position_embedding = nn.Parameter(resize_positions(stored, side, side), stored.requires_grad)
 
     def _block(self, index: int, x: Tensor) -> Tensor:
         block = self.layers[index]

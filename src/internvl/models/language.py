@@ -6,6 +6,8 @@ Generation loops and losses are left to others.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -115,12 +117,27 @@ class LanguageModel(nn.Module):
         out: Tensor = self.model.lm_head(hidden)
         return out
 
+    def fill_buffers(self) -> None:
+        """Compute the rotary frequencies, in float32: no checkpoint stores them, and rounding would move positions."""
+        decoder, device = self.model.model, self.model.get_input_embeddings().weight.device
+        with torch.device("cpu" if device.type != "meta" else "meta"):
+            decoder.rotary_emb = type(decoder.rotary_emb)(config=self.model.config)
+        decoder.rotary_emb.to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LanguageModel:
+        """Casts and moves leave the rotary frequencies in float32."""
+        super()._apply(fn, recurse)
+        self.fill_buffers()
+        return self
+
     def checkpoint(self, on: bool) -> None:
         """Recompute layers in the backward pass (training mode only) instead of keeping their activations."""
-        if on:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.model.gradient_checkpointing_disable()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the new name is not in every transformers 5
+            if on:
+                self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            else:
+                self.model.gradient_checkpointing_disable()
 
     @torch.no_grad()
     def resize(self, new_size: int, seed: int = 0) -> None:

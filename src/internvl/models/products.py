@@ -123,3 +123,9 @@ def blocked_is_available(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
         return False
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def fast_bfloat16() -> bool:
+    """This CPU multiplies bfloat16 itself; elsewhere it is emulated, and slower than float32."""
+    abilities = torch.cpu.get_capabilities()
+    return any(abilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "avx10_2", "bf16"))

@@ -1,0 +1,90 @@
+"""attend(): every path against softmax(QK)V written out in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from internvl.models.attention import attend, causal_mask
+
+
+def written_out(q, k, v, allowed=None, scale=None):
+    q, k, v = q.double(), k.double(), v.double()
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    scores = q @ k.transpose(-1, -2) * (scale or q.shape[-1] ** -0.5)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+def qkv(queries=7, keys=7, heads=4, kv_heads=4, batch=2, seed=0, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(batch, heads, queries, 16, generator=g).to(dtype),
+        torch.randn(batch, kv_heads, keys, 16, generator=g).to(dtype),
+        torch.randn(batch, kv_heads, keys, 16, generator=g).to(dtype),
+    )
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_full(kv_heads: int) -> None:
+    q, k, v = qkv(kv_heads=kv_heads, keys=9)
+    assert_close(attend(q, k, v), written_out(q, k, v).float(), atol=1e-5, rtol=1e-4)
+    assert_close(attend(q, k, v, scale=0.3), written_out(q, k, v, scale=0.3).float(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (1, 9), (3, 9), (1, 1)])
+def test_causal_queries_are_the_last_positions(queries: int, keys: int, kv_heads: int) -> None:
+    q, k, v = qkv(queries, keys, kv_heads=kv_heads)
+    allowed = torch.tensor([[j <= i + keys - queries for j in range(keys)] for i in range(queries)])
+    assert torch.equal(causal_mask(queries, keys, q.device)[0, 0], allowed)
+    assert_close(attend(q, k, v, causal=True), written_out(q, k, v, allowed).float(), atol=1e-5, rtol=1e-4)
+
+
+def test_mask_says_what_is_seen() -> None:
+    q, k, v = qkv(5, 8, kv_heads=2)
+    mask = torch.rand(2, 1, 5, 8) > 0.4
+    mask[..., 0] = True
+    assert_close(attend(q, k, v, causal=True, mask=mask), written_out(q, k, v, mask).float(), atol=1e-5, rtol=1e-4)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.booleans(), st.sampled_from([1, 2, 4]))
+def test_segments_are_separate_rows(lengths: list[int], causal: bool, kv_heads: int) -> None:
+    total = sum(lengths)
+    q, k, v = qkv(total, total, kv_heads=kv_heads, batch=1)
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    packed = attend(q, k, v, causal=causal, segments=bounds)
+    where = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    allowed = where[:, None] == where[None]
+    if causal:
+        allowed = allowed & torch.ones(total, total, dtype=torch.bool).tril()
+    assert_close(packed, written_out(q, k, v, allowed).float(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bounds", [[0, 3], [1, 7], [0, 3, 9]])
+def test_segments_that_do_not_cover_the_row_are_refused(bounds: list[int]) -> None:
+    q, k, v = qkv(batch=1)
+    with pytest.raises(ValueError, match="do not cover"):
+        attend(q, k, v, segments=torch.tensor(bounds))
+    with pytest.raises(ValueError, match="batch 2"):
+        attend(*qkv(batch=2), segments=torch.tensor([0, 7]))
+
+
+@pytest.mark.parametrize("length", [64, 255, 256, 700])
+def test_long_bfloat16_rows_take_another_kernel_and_agree(length: int) -> None:
+    q, k, v = qkv(length, length, dtype=torch.bfloat16)
+    wanted = written_out(q, k, v)
+    ours = (attend(q, k, v).double() - wanted).abs().max()
+    plain = ((q @ k.transpose(-1, -2) * 0.25).softmax(-1) @ v).double()  # what the official code computes
+    assert ours <= 1.5 * (plain - wanted).abs().max()
+
+
+def test_queries_in_float32_with_values_in_bfloat16() -> None:
+    q, k, v = qkv()
+    out = attend(q, k, v.bfloat16())
+    assert out.dtype == torch.bfloat16
