@@ -7,7 +7,7 @@ and who gets which row, is generate/engine.py's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from internvl.models.language import LanguageModel
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """Keys and values of several answers, one a row."""
 

@@ -5,7 +5,7 @@ Which form decoding uses is decided in fused.py; here is what each form can do.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ ROWS_MULTIPLE = 64
 """Output rows that the 4-bit kernel takes together."""
 
 
+@runtime_checkable
 class Product(Protocol):
     """x W^T + b, and the three forms in which it is followed by one elementwise step."""
 
