@@ -23,7 +23,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     build(tmp_path / "d")
     build(tmp_path / "e", "captions")
     (tmp_path / "e" / "heldout" / "captions.jsonl").rename(tmp_path / "d" / "heldout" / "captions.jsonl")
-    monkeypatch.setattr(evaluate, "_subject", lambda asked: Subject(asked.dtype or "w1"))
+    monkeypatch.setattr(evaluate, "_subject", lambda asked: Subject(asked.dtype))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "d"
 
