@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,7 +30,7 @@ class Request:
 
     input_ids: Int[Tensor, " length"]
     tiles: UInt8[Tensor, "tiles 3 side side"] | None = None
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     stop_ids: frozenset[int] = frozenset()
     on_token: Callable[[int], None] | None = None
     visual: Float[Tensor, "tiles tokens llm_width"] | None = None
@@ -40,7 +40,8 @@ class Request:
     """Without the stop token."""
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    submitted_at: float = 0.0
+    started_at: float = 0.0
+    """When its pictures began to be encoded; set at submission where they are encoded here."""
     first_token_at: float = 0.0
     finished_at: float = 0.0
     cancelled: bool = False
@@ -83,26 +84,35 @@ class Engine:
 
     def submit(self, request: Request) -> Request:
         """Queue a request; ValueError where it can never be answered."""
-        length = len(request.input_ids)
-        if not length or length >= self.max_length:
-            raise ValueError(
-                f"a prompt of {length} tokens; the limit is {self.max_length - 1} and at least one; "
-                "shorten the text, give fewer pictures or lower max_tiles"
-            )
+        self.check_length(len(request.input_ids))
         self._check_pictures(request)
-        request.submitted_at = time.perf_counter()
+        request.started_at = request.started_at or time.perf_counter()
         self.waiting.append(request)
         return request
 
-    def run(self, requests: Sequence[Request]) -> list[Request]:
-        """Answer them all; returned in their order."""
-        for request in requests:
-            self.submit(request)
-        while any(request.finish_reason is None for request in requests):
-            self.step()
-        return list(requests)
+    def check_length(self, length: int) -> None:
+        """ValueError for a prompt that leaves no room for an answer."""
+        if not 0 < length < self.max_length:
+            raise ValueError(
+                f"a prompt of {length} tokens; the model takes 1 to {self.max_length - 1}; "
+                "shorten the text, give fewer pictures or lower max_tiles"
+            )
 
-    def stream(self, request: Request) -> Iterator[int]:
+    def run(self, requests: Iterable[Request]) -> list[Request]:
+        """Answer them all; returned in their order. An iterator is read as rows become free."""
+        source, taken = iter(requests), []
+        try:
+            while True:
+                while len(self.waiting) < self.max_rows - len(self.rows) and (request := next(source, None)):
+                    taken.append(self.submit(request))
+                if self.idle:
+                    return taken
+                self.step()
+        finally:
+            for request in taken:
+                request.cancel()  # of what is unfinished after an error
+
+    def stream(self, request: Request) -> Generator[int]:
         """Tokens as they come; closing the iterator cancels the request."""
         self.submit(request)
         given = 0
@@ -129,6 +139,7 @@ class Engine:
             last = torch.tensor([request.tokens[-1] for request in live], device=self.device)
             self._take(range(len(live)), self.decoder.step(last, self.lengths))
             self.lengths = [length + 1 for length in self.lengths]
+            self._close_gaps()
 
     def encode(self, tiles: UInt8[Tensor, "tiles 3 side side"]) -> Float[Tensor, "tiles tokens llm_width"]:
         """Visual tokens of uint8 tiles; on a CPU tile by tile, so that the bits do not depend on the company."""
