@@ -30,6 +30,8 @@ class ChatBatch:
     segments: Int[Tensor, "bounds"] | None = None  # noqa: F821
     """int32 boundaries of the samples in a packed row, from 0 to its length; `rows` is then 1."""
     num_samples: int = 0
+    sources: tuple[str, ...] = ()
+    """File and line of each sample, for messages."""
 
     @property
     def num_tiles(self) -> int:

@@ -41,6 +41,7 @@ def collate(
         tiles=_tiles(samples),
         attention_mask=mask,
         num_samples=len(samples),
+        sources=tuple(sample.source for sample in samples),
     )
 
 
@@ -67,6 +68,7 @@ def collate_packed(
         tiles=_tiles(samples),
         segments=bounds,
         num_samples=len(samples),
+        sources=tuple(sample.source for sample in samples),
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -24,7 +23,7 @@ from internvl.data.media import FrameSettings, expand_video, probe, read_frames
 from internvl.data.records import Record
 from internvl.data.templates import Piece, Template, Turn, find_template, layout, media_of, turns_of
 from internvl.data.tiling import count_tiles, cut, pixels
-from internvl.data.tokenise import Tokeniser, Tokens, expand
+from internvl.data.tokenise import Tokeniser, Tokens, expand, tokeniser_of
 from internvl.tokens import IGNORE_INDEX, IMAGE_MARK, VIDEO_MARK
 
 _MARKS = re.compile(f"{re.escape(IMAGE_MARK)}|{re.escape(VIDEO_MARK)}")
@@ -63,7 +62,7 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns records and conversations into tensors for one model; keeps no state, pickles, forks."""
+    """Turns records and conversations into tensors for one model; keeps no state, so it pickles and forks."""
 
     tokenizer: Any
     """A fast tokenizer of transformers that knows the special tokens."""
@@ -76,11 +75,11 @@ class Encoder:
     frames: FrameSettings = field(default_factory=FrameSettings)
     limits: Limits = field(default_factory=Limits)
 
-    @cached_property
+    @property
     def tokeniser(self) -> Tokeniser:
-        return Tokeniser(self.tokenizer)
+        return tokeniser_of(self.tokenizer, len(self.tokenizer))
 
-    @cached_property
+    @property
     def template(self) -> Template:
         return find_template(self.config.template)
 

@@ -58,6 +58,8 @@ def read_records(path: str | Path, root: str = "", problems: list[Problem] | Non
     """The records of a JSONL file, media paths below `root`; with `problems`, bad lines are listed, not raised."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            if not line.strip(b"\r\n"):
+                continue
             source = f"{path}:{number}"
             try:
                 yield parse_line(line, root, source)

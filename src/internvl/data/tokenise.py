@@ -5,10 +5,11 @@ The whole string is tokenised at once and labels follow from character offsets: 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,6 +79,11 @@ class Tokeniser:
         core.encode_special_tokens = True
         return core
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that make the same ids."""
+        return hashlib.sha256(self._core.to_str().encode()).hexdigest()
+
     def __call__(self, pieces: Iterable[Piece]) -> Tokens:
         """Ids of the joined pieces, BOS first where the tokenizer has one."""
         ids, learned = list(self._prefix), [False] * len(self._prefix)
@@ -125,6 +131,12 @@ class Tokeniser:
     @staticmethod
     def _marked(text: str, piece: Piece) -> str:
         return text.replace(IMAGE_MARK, _ONE_IMAGE) if piece.takes_images else text
+
+
+@lru_cache(maxsize=8)
+def tokeniser_of(tokenizer: Any, num_tokens: int) -> Tokeniser:
+    """The one reader of a tokenizer of this size: making it copies the vocabulary."""
+    return Tokeniser(tokenizer)
 
 
 def expand(

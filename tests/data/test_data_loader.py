@@ -1,0 +1,258 @@
+"""Loader laws: resumed equals uninterrupted, workers change nothing, every record once an epoch, budgets hold."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from internvl.batch import ChatBatch
+from internvl.data.batching import BatchSettings, group
+from internvl.data.encode import Encoder
+from internvl.data.loader import Loader
+from internvl.data.mixture import DataSet, Lines, Mixture, read_sets
+from tiny import tiny_chat_config, tiny_tokenizer
+
+FIELDS = ("input_ids", "labels", "loss_weights", "position_ids", "tiles", "attention_mask", "segments")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTERNVL_CACHE", str(tmp_path / "cache"))
+
+
+def write_set(folder: Path, name: str, count: int, seed: int = 0) -> Path:
+    rng = np.random.default_rng(seed)
+    lines = []
+    for number in range(count):
+        record: dict[str, Any] = {
+            "id": number,
+            "conversations": [
+                {"from": "human", "value": "question " * int(rng.integers(1, 6))},
+                {"from": "gpt", "value": "answer " * int(rng.integers(1, 12))},
+            ],
+        }
+        if number % 3:
+            size = (int(rng.integers(20, 200)), int(rng.integers(20, 200)))
+            path = folder / f"{name}_{number}.png"
+            Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8)).save(path)
+            record["image"] = path.name
+        lines.append(json.dumps(record))
+    path = folder / f"{name}.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> list[DataSet]:
+    return [
+        DataSet(str(write_set(tmp_path, "one", 13, 1)), str(tmp_path), "one", augment=True),
+        DataSet(str(write_set(tmp_path, "two", 10, 2)), str(tmp_path), "two", max_tiles=2, repeat=1.5),
+    ]
+
+
+def make(sets: list[DataSet], settings: BatchSettings, **rest: Any) -> Loader:
+    return Loader(sets, Encoder(tiny_tokenizer(), tiny_chat_config(max_tiles=4)), 0, settings, seed=5, **rest)
+
+
+def take(loader: Loader, count: int) -> list[ChatBatch]:
+    return list(islice(loader, count))
+
+
+def same(first: ChatBatch, second: ChatBatch) -> bool:
+    pairs = [(getattr(first, name), getattr(second, name)) for name in FIELDS]
+    return first.sources == second.sources and all(a is b or torch.equal(a, b) for a, b in pairs)
+
+
+SETTINGS = {
+    "samples": BatchSettings(samples=3),
+    "grouped": BatchSettings(samples=4, grouped=True, window=8),
+    "tokens": BatchSettings(samples=None, tokens=500, tiles=12, window=16),
+    "packed": BatchSettings(samples=None, tokens=400, packed=True, weighting="square", window=16),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_resumed_equals_uninterrupted(sets: list[DataSet], kind: str, workers: int) -> None:
+    count = 14
+    whole = take(make(sets, SETTINGS[kind]), count)
+    loader = make(sets, SETTINGS[kind], workers=workers)
+    start = take(loader, 4)
+    state = json.loads(json.dumps(loader.state_dict()))
+    resumed = make(sets, SETTINGS[kind], workers=workers)
+    resumed.load_state_dict(state)
+    rest = take(resumed, count - 4)
+    assert len(whole) == len(start + rest) == count
+    assert all(same(a, b) for a, b in zip(whole, start + rest, strict=True))
+
+
+def test_an_iterator_left_behind_changes_nothing(sets: list[DataSet]) -> None:
+    whole = take(make(sets, SETTINGS["samples"]), 6)
+    loader = make(sets, SETTINGS["samples"], workers=1)
+    pieces = take(loader, 2) + take(loader, 4)
+    assert all(same(a, b) for a, b in zip(whole, pieces, strict=True))
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_an_epoch_has_every_record_as_often_as_said(sets: list[DataSet], kind: str) -> None:
+    loader = make(sets, SETTINGS[kind])
+    seen = Counter(source for batch in loader.once() for source in batch.sources)
+    assert len(loader) == len(list(loader.once()))
+    assert sum(seen.values()) == 13 + 15
+    assert sum(seen.values()) == sum(batch.num_samples for batch in make(sets, SETTINGS[kind]).once())
+    for number in range(13):
+        assert seen[f"{sets[0].annotation}:{number + 1}"] == 1
+    assert sorted(seen[f"{sets[1].annotation}:{number + 1}"] for number in range(10)) == [1] * 5 + [2] * 5
+
+
+def test_budgets_hold(sets: list[DataSet]) -> None:
+    for batch in make(sets, SETTINGS["tokens"]).once():
+        assert batch.input_ids.numel() <= 500
+        assert batch.num_tiles <= 12
+    for batch in make(sets, SETTINGS["packed"]).once():
+        assert batch.input_ids.numel() <= 400
+        assert batch.segments is not None
+        assert len(batch.segments) == batch.num_samples + 1
+
+
+def test_epochs_differ_and_seeds_repeat(sets: list[DataSet]) -> None:
+    mixture = Mixture(sets, seed=3)
+    assert not np.array_equal(mixture.epoch(0), mixture.epoch(1))
+    assert np.array_equal(mixture.epoch(1), Mixture(sets, seed=3).epoch(1))
+    assert not np.array_equal(mixture.epoch(0), Mixture(sets, seed=4).epoch(0))
+    assert np.array_equal(Mixture(sets[:1], shuffle=False).epoch(7), np.arange(13))
+
+
+def test_augmentation_and_tiles_follow_the_set(sets: list[DataSet]) -> None:
+    encoders = make(sets, SETTINGS["samples"])._work.encoders
+    assert [encoder.augment for encoder in encoders] == [True, False]
+    assert [encoder.config.max_tiles for encoder in encoders] == [4, 2]
+
+
+def broken_set(tmp_path: Path) -> DataSet:
+    path = write_set(tmp_path, "bad", 6)
+    lines = path.read_text().splitlines()
+    lines[1] = lines[1].replace("bad_1.png", "gone.png")
+    lines[4] = "{broken"
+    path.write_text("\n".join(lines))
+    return DataSet(str(path), str(tmp_path), "bad")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_record_ends_the_run_with_file_and_line(tmp_path: Path, workers: int) -> None:
+    loader = make([broken_set(tmp_path)], BatchSettings(samples=2), shuffle=False, workers=workers)
+    with pytest.raises(ValueError, match=r"bad\.jsonl:2: .*gone\.png: no such picture"):
+        list(loader.once())
+
+
+@pytest.mark.parametrize("settings", [SETTINGS["samples"], SETTINGS["tokens"]])
+def test_bad_records_can_be_skipped_counted_and_named(tmp_path: Path, settings: BatchSettings) -> None:
+    data = broken_set(tmp_path)
+    loader = make([data], settings, on_error="skip")
+    assert sum(batch.num_samples for batch in loader.once()) == 4
+    assert loader.num_skipped == 2
+    assert sorted(loader.skipped) == [f"{data.annotation}:2", f"{data.annotation}:5"]
+    assert "not a JSON line" in loader.skipped[f"{data.annotation}:5"]
+
+
+def test_a_set_without_a_usable_record_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "none.jsonl"
+    path.write_text("{}\n" * 3)
+    with pytest.raises(ValueError, match="no usable record"):
+        next(iter(make([DataSet(str(path))], BatchSettings(samples=1), on_error="skip")))
+
+
+def test_a_sample_over_the_budget_is_named(sets: list[DataSet]) -> None:
+    with pytest.raises(ValueError, match=r"\.jsonl:\d+: \d+ tokens; a batch may have 40"):
+        list(make(sets, BatchSettings(samples=None, tokens=40)).once())
+
+
+def test_a_state_of_other_settings_is_refused(sets: list[DataSet]) -> None:
+    state = make(sets, SETTINGS["samples"]).state_dict()
+    with pytest.raises(ValueError, match="other data or settings"):
+        make(sets, SETTINGS["packed"]).load_state_dict(state)
+    with pytest.raises(ValueError, match="other data or settings"):
+        make(sets[:1], SETTINGS["samples"]).load_state_dict(state)
+
+
+def test_counts_are_kept_until_the_file_or_a_setting_changes(sets: list[DataSet], tmp_path: Path) -> None:
+    loader = make(sets[:1], SETTINGS["tokens"])
+    first = loader._counts
+    kept = list((tmp_path / "cache" / "counts").iterdir())
+    assert len(kept) == 1
+    np.save(kept[0], first + 1)
+    assert np.array_equal(make(sets[:1], SETTINGS["tokens"])._counts, first + 1)
+    other = Loader(sets[:1], replace(loader.encoder, max_length=300, overlong="cut"), 0, SETTINGS["tokens"], workers=2)
+    assert np.array_equal(other._counts, np.minimum(first, [300, 99]))
+
+
+@given(st.lists(st.sampled_from([b"{}", b"", b"[1, 2]", b"\r", b"x" * 40]), max_size=12), st.booleans())
+def test_lines_are_those_of_the_file(lines: list[bytes], ends: bool) -> None:
+    import tempfile
+
+    content = b"\n".join(lines) + (b"\n" if ends else b"")
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        if not content:
+            with pytest.raises(ValueError, match="empty file"):
+                Lines(file.name)
+            return
+        found = Lines(file.name)
+        expected = [(n, line) for n, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+        assert [(int(found.numbers[i]), found.read(i).strip()) for i in range(len(found))] == expected
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(0, 5)), min_size=1, max_size=40),
+    st.sampled_from([None, 3]),
+    st.booleans(),
+)
+def test_groups_hold_every_sample_once_and_the_limits(
+    counts: list[tuple[int, int]], samples: int | None, packed: bool
+) -> None:
+    settings = BatchSettings(samples=samples, tokens=100, tiles=7, packed=packed)
+    sizes = np.asarray(counts)
+    groups = list(group(sizes, settings))
+    assert sorted(member for found in groups for member in found) == list(range(len(counts)))
+    for found in groups:
+        tokens = sizes[found, 0]
+        assert (tokens.sum() if packed else tokens.max() * len(found)) <= 100
+        assert sizes[found, 1].sum() <= 7
+        assert len(found) <= (samples or 99)
+
+
+def test_the_official_meta_json_is_read(tmp_path: Path) -> None:
+    write_set(tmp_path, "set", 3)
+    meta = tmp_path / "meta.json"
+    entry = {"root": "pictures", "annotation": "set.jsonl", "data_augment": True, "max_dynamic_patch": 6}
+    meta.write_text(json.dumps({"my_set": {**entry, "repeat_time": 2, "length": 3}}))
+    assert read_sets(meta) == [DataSet(str(tmp_path / "set.jsonl"), str(tmp_path / "pictures"), "my_set", True, 6, 2.0)]
+    assert read_sets(tmp_path / "set.jsonl") == [DataSet(str(tmp_path / "set.jsonl"), str(tmp_path), "set")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "not a meta JSON"),
+        ("{", "not JSON"),
+        ('{"a": {"root": ""}}', "a: `annotation` is None"),
+        ('{"a": {"annotation": "a.jsonl", "repeat_time": 0}}', "a: repeat_time 0.0"),
+    ],
+)
+def test_bad_meta_files_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "meta.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_sets(path)
