@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_stage import Records, collate, tiny_run, tiny_stage
 
+from internvl.train.log import read_metrics
 from internvl.train.loop import Trainer, check_folder, train
 from internvl.train.run import Data, Optimiser, Part, RunConfig, Schedule, Tokens
 
@@ -53,14 +54,18 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, kind: str) -> N
     broken = replace(run, out=str(tmp_path / "broken"))
     with pytest.raises(RuntimeError, match="killed"):
         train(broken, stop_after(tiny_stage(broken), 5))
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: B018
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
     result = train(broken, tiny_stage(broken))
     assert result.finished
     assert same(weights(tmp_path / "whole", 6), weights(tmp_path / "broken", 6))
     optimizer = "checkpoints/step-00000006/optimizer.safetensors"
     assert same(load_file(tmp_path / "whole" / optimizer), load_file(tmp_path / "broken" / optimizer))
-    lines = [[json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")] for name in ("whole", "broken")]
-    kept = [[(line["step"], line.get("loss")) for line in some] for some in lines]
+    kept = [
+        [(line["step"], line.get("loss")) for line in read_metrics(tmp_path / name / "metrics.jsonl")]
+        for name in ("whole", "broken")
+    ]
     assert kept[0] == kept[1]
 
 
@@ -166,7 +171,7 @@ def test_kept_features_equal_fresh_ones(tmp_path: Path, where: str) -> None:
     for name in ("none", where):
         run = tiny_run(tmp_path / name, vision=Part(), data=Data(batch_samples=4, features=name))  # type: ignore[arg-type]
         train(run, tiny_stage(run))
-        losses[name] = [json.loads(line)["loss"] for line in open(tmp_path / name / "metrics.jsonl")]
+        losses[name] = [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")]
     assert losses[where] == pytest.approx(losses["none"], abs=1e-6)
 
 
@@ -295,7 +300,7 @@ def test_a_time_limit_stops_saved_and_the_same_command_goes_on(tmp_path: Path) -
 def test_a_schedule_over_time_ends_at_zero(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, schedule=Schedule(over="time"), max_minutes=0.02, save_every=0)
     result = train(run, tiny_stage(run))
-    rates = [json.loads(line)["lr"] for line in open(tmp_path / "metrics.jsonl")]
+    rates = [line["lr"] for line in read_metrics(tmp_path / "metrics.jsonl")]
     assert result.finished
     assert rates[-1] < 0.1 * max(rates)
 
@@ -314,6 +319,20 @@ def test_leftovers_of_a_kill_do_not_disturb(tmp_path: Path) -> None:
     partial.mkdir()
     (partial / "learned.safetensors").write_bytes(b"half")
     train(run, tiny_stage(run))
-    steps = [json.loads(line)["step"] for line in open(tmp_path / "metrics.jsonl")]
+    steps = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")]
     assert steps == [1, 2, 3, 4, 5, 6]
     shutil.rmtree(tmp_path / "checkpoints")
+
+
+def test_rows_padded_on_the_right_need_no_mask(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    stage = tiny_stage(run)
+    stage.begin(run, torch.device("cpu"))
+    batch = collate([0, 1, 2, 3])
+    prepared = stage.prepare(batch)
+    assert prepared.batch.attention_mask is None
+    with torch.no_grad():
+        bare, masked = stage.losses(prepared), stage.losses(replace(prepared, batch=batch))
+        torch.testing.assert_close(bare, masked)
+        left = replace(batch, attention_mask=batch.attention_mask.flip(1))  # type: ignore[union-attr]
+    assert stage.prepare(left).batch.attention_mask is not None

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import golden_tensors
 
 from internvl.tokens import IGNORE_INDEX
 from internvl.train.losses import chunked_sum, shift, token_losses, weighted_sum, weighted_tokens
+from reference import golden_tensors
 
 
 def loss_of(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -65,7 +65,9 @@ def test_chunked_equals_whole_with_gradients(seed: int, num_tokens: int, chunk: 
     parts = chunked_sum(hidden, head, labels, weights, chunk)
     torch.testing.assert_close(parts, whole)
     for a, b in zip(
-        torch.autograd.grad(parts, [hidden, head.weight]), torch.autograd.grad(whole, [hidden, head.weight]), strict=True
+        torch.autograd.grad(parts, [hidden, head.weight]),
+        torch.autograd.grad(whole, [hidden, head.weight]),
+        strict=True,
     ):
         torch.testing.assert_close(a, b)
 

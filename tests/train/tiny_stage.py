@@ -1,4 +1,4 @@
-"""A stage on a tiny model and records of random ids, without pictures on disk: what the laws of the loop are tested on."""
+"""A stage on a tiny model and records of random ids, without files: what the laws of the loop are tested on."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from tiny import IMAGE_TOKEN_ID, tiny_model, tiny_tokenizer
 
 from internvl.batch import ChatBatch
 from internvl.tokens import IGNORE_INDEX, SPECIAL_TOKENS, token_id
 from internvl.train.run import Data, Optimiser, Part, RunConfig, Schedule
 from internvl.train.stages.sft import Sft
+from tiny import IMAGE_TOKEN_ID, tiny_model, tiny_tokenizer
 
 IMAGE_ID = token_id(tiny_tokenizer(), SPECIAL_TOKENS[2])
 VOCAB = len(tiny_tokenizer())

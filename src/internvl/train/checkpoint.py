@@ -1,4 +1,4 @@
-"""Checkpoints that a run goes on from, bit for bit: written whole or not at all, pruned. Trained models are the stage's.
+"""Checkpoints that a run goes on from, bit for bit: written whole or not at all, pruned. Trained models: export.py.
 
 A checkpoint is a folder `step-00000100` of safetensors and JSON: what learns, the optimiser's state, every generator,
 the data cursor. `latest` names the newest whole one. A kill at any moment leaves the one before in place.
@@ -98,7 +98,7 @@ def restore(path: Path, learner: Learner, optimizer: torch.optim.Optimizer) -> S
     state = State(**saved)
     if state.frozen != fingerprint(learner):
         raise ValueError(
-            f"the frozen weights differ from those {path} was trained on; give the same --model, or start in another --out"
+            f"the frozen weights differ from those {path} was trained on; give the same --model, or another --out"
         )
     load_learned(path, learner)
     _restore_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
@@ -110,7 +110,9 @@ def load_learned(path: Path, learner: Learner) -> None:
     """Only what learns, from a checkpoint; every name must be on both sides."""
     tensors = load_file(path / "learned.safetensors")
     if unlike := set(tensors) ^ set(learner.parameters):
-        raise ValueError(f"{path} and this run learn different parameters, such as {min(unlike)}; use the same run.json")
+        raise ValueError(
+            f"{path} and this run learn different parameters, such as {min(unlike)}; use the same run.json"
+        )
     with torch.no_grad():
         for name, parameter in learner.parameters.items():
             parameter.copy_(tensors[name])
@@ -174,7 +176,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tens
 
 def _generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    kind, keys, position, has_gauss, cached = np.random.get_state()
     tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64))}
     if torch.cuda.is_initialized():
         tensors |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -186,7 +188,7 @@ def _restore_generators(tensors: dict[str, Tensor], plain: dict[str, Any]) -> No
     version, words, gauss = plain["python"]
     random.setstate((version, tuple(words), gauss))
     kind, position, has_gauss, cached = plain["numpy"]
-    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(tensors["torch"])
     devices = [tensors[key] for key in sorted(tensors) if key.startswith("cuda")]
     if devices and torch.cuda.is_available():

@@ -25,7 +25,9 @@ def export_parts(learner: Learner, out: Path, dtype: torch.dtype) -> None:
             parameter.copy_(parameter.to(dtype))
     if run.connector.learn == "full":
         state = learner.model.connector.state_dict()
-        save_file({name: value.cpu().to(dtype).contiguous() for name, value in state.items()}, out / "connector.safetensors")
+        save_file(
+            {name: value.cpu().to(dtype).contiguous() for name, value in state.items()}, out / "connector.safetensors"
+        )
     for name in PARTS:
         if run.part(name).learn == "lora":
             _save_adapter(learner, name, out / name)

@@ -1,4 +1,4 @@
-"""Features of tiles kept while the vision part is frozen: each tile is seen once. Which tiles, and when, is the stage's.
+"""Features of tiles, kept while the vision part is frozen: each tile is seen once. Which tiles, is the stage's.
 
 On disk: `features.bin`, records of one size, and `digests.bin`, 16 bytes each, in the same order; both only grow, and
 a record counts once its digest is written, so a kill loses nothing but the last one.

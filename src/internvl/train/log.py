@@ -102,10 +102,10 @@ class Reporter:
         if self.console.is_terminal:
             self._bar.update(self._task, description=text)
         else:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         self._bar.stop()

@@ -33,6 +33,9 @@ Evaluator = Callable[[torch.device], Mapping[str, float]]
 BEST = "held_out_loss"
 """The number by which the best checkpoint is chosen: lowest wins."""
 
+CURVE_EVERY_S = 60.0
+"""Least time between two drawings of the loss curve, which takes half a second."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -128,6 +131,7 @@ class Trainer:
         self.meter = log.Meter()
         self.recent: list[tuple[int, str, dict[str, Tensor], Tensor]] = []
         self.last: dict[str, float] = {}
+        self.drawn_s = time.monotonic()
 
     def resume(self, path: Path) -> None:
         """Stand where `path` was written."""
@@ -202,8 +206,8 @@ class Trainer:
         for name, weight in weights.items():
             if weight <= 0:
                 raise ValueError(
-                    f"step {self.step + 1}: no learned token for loss {name!r} in {'; '.join(i.names for i in window)}; "
-                    "raise data.max_length, or look at the labels with: internvl data show"
+                    f"step {self.step + 1}: no learned token for loss {name!r} in "
+                    f"{'; '.join(item.names for item in window)}; raise data.max_length, or look at their labels"
                 )
         return weights
 
@@ -227,8 +231,8 @@ class Trainer:
             bad = [f"{name} is {float(value)}" for name, value in values.items() if not math.isfinite(float(value))]
             if bad:
                 raise ValueError(
-                    f"step {step}: {', '.join(bad)}; samples: {names}; lower optimiser.peak_lr or look at these samples. "
-                    "The latest checkpoint is from before"
+                    f"step {step}: {', '.join(bad)}; samples: {names}; the latest checkpoint is from "
+                    "before: lower optimiser.peak_lr, or look at these samples"
                 )
         self.last["checked"] = self.step
 
@@ -270,7 +274,8 @@ class Trainer:
         self._check_finite()
         state = checkpoint.State(self.step, self.cursor, self.elapsed_s, self.best, self.frozen)
         self.checkpoints.save(self.learner, self.optimizer, state)
-        self._draw()
+        if time.monotonic() - self.drawn_s > CURVE_EVERY_S:
+            self._draw()
 
     def _finish(self) -> None:
         """Evaluate the last weights, then write the trained model."""
@@ -291,6 +296,7 @@ class Trainer:
         self.reporter.say(f"the trained model is in {self.out / 'model'}")
 
     def _draw(self) -> None:
+        self.drawn_s = time.monotonic()
         if importlib.util.find_spec("matplotlib") is not None:
             log.draw_curve(self.out / "metrics.jsonl", self.out / "loss.png")
 

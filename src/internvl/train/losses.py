@@ -13,9 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from internvl.tokens import IGNORE_INDEX
 
 
-def token_losses(
-    logits: Float[Tensor, "tokens vocab"], labels: Int[Tensor, " tokens"]
-) -> Float[Tensor, " tokens"]:
+def token_losses(logits: Float[Tensor, "tokens vocab"], labels: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
     """Cross-entropy of each token in fp32; 0 where the label is ignored."""
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="none")
 

@@ -40,7 +40,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The rows of the added special tokens in the token table, learned beside a language model that is frozen or adapted."""
+    """The rows of the added special tokens in the token table, beside a language model that is frozen or adapted."""
 
     learn: bool = False
     lr_scale: float = 1.0
@@ -54,19 +54,29 @@ class Data:
     """Meta JSON naming several sets, or one JSONL file of records."""
     held_out: str = ""
     """JSONL or meta JSON never trained on; its loss is the held-out loss."""
-    batch_samples: int = 16
-    """Samples in one micro-batch."""
+    batch_samples: int | None = 16
+    """Most samples in one micro-batch."""
     batch_tokens: int | None = None
-    """Padded positions in one micro-batch; replaces `batch_samples` when given."""
+    """Most positions in one micro-batch, padding included."""
+    batch_tiles: int | None = None
+    """Most tiles in one micro-batch."""
+    grouped: bool = False
+    """Samples of like length together (official `group_by_length`)."""
+    packed: bool = False
+    """One row of many samples, each attending to itself only, instead of padded rows."""
     workers: int = 0
     max_length: int = 8192
     """Positions of one sample (official `max_seq_length`)."""
+    overlong: Literal["error", "cut"] = "error"
+    """A longer sample ends the run, or loses its end (the official way)."""
+    on_error: Literal["error", "skip"] = "error"
+    """A record that cannot be used ends the run, or is skipped, counted and named."""
     max_tiles: int | None = None
     """Tiles of one image before the thumbnail; the model's own number when not given."""
     weighting: Literal["token", "sample", "square"] = "square"
     """Weight of a learned token among x of its sample: 1, 1/x, 1/sqrt(x) (paper 2.5, section 3.4)."""
     augment: Literal["as_given", "on", "off"] = "as_given"
-    """JPEG re-encoding of tiles: as each set of the meta JSON says, or for all, or for none (paper 2.5, section 3.4)."""
+    """JPEG re-encoding of tiles: as each set of the meta JSON says, or all, or none (paper 2.5, section 3.4)."""
     features: Literal["none", "memory", "disk"] = "none"
     """Keep the features of each tile while the vision part is frozen, so that it is seen once."""
     features_folder: str = ""
@@ -147,8 +157,20 @@ class RunConfig:
 
 
 RESUME_FREE = frozenset(
-    ["out", "device", "log_every", "save_every", "eval_every", "keep", "max_minutes", "export"]
-    + ["data.workers", "data.features", "data.features_folder", "data.held_out"]
+    (
+        "out",
+        "device",
+        "log_every",
+        "save_every",
+        "eval_every",
+        "keep",
+        "max_minutes",
+        "export",
+        "data.workers",
+        "data.features",
+        "data.features_folder",
+        "data.held_out",
+    )
 )
 """Fields that may change when a run goes on: they do not change what is learned."""
 
@@ -208,10 +230,19 @@ def _check(run: RunConfig) -> None:
     if schedule.over == "time" and run.max_minutes is None:
         raise ValueError("schedule.over is 'time' but max_minutes is not given; set --max-minutes")
     if schedule.over == "time" and schedule.warmup_steps is not None:
-        raise ValueError("schedule.over is 'time' counts warm-up as a share; set schedule.warmup_share, not warmup_steps")
-    positive = {"accumulate": run.accumulate, "data.batch_samples": run.data.batch_samples, "log_every": run.log_every}
-    positive |= {"keep": run.keep, "schedule.steps": schedule.steps, "schedule.epochs": schedule.epochs}
-    positive |= {"max_minutes": run.max_minutes, "optimiser.peak_lr": run.optimiser.peak_lr}
+        raise ValueError(
+            "schedule.over is 'time' counts warm-up as a share; set schedule.warmup_share, not warmup_steps"
+        )
+    positive: dict[str, float | None] = {
+        "accumulate": run.accumulate,
+        "data.batch_samples": run.data.batch_samples,
+        "log_every": run.log_every,
+        "keep": run.keep,
+        "schedule.steps": schedule.steps,
+        "schedule.epochs": schedule.epochs,
+        "max_minutes": run.max_minutes,
+        "optimiser.peak_lr": run.optimiser.peak_lr,
+    }
     for name, value in positive.items():
         if value is not None and value <= 0:
             raise ValueError(f"{name} is {value}; it must be above 0")
@@ -265,7 +296,7 @@ def _build(kind: type[T], tree: Mapping[str, Any], where: str) -> T:
     values: dict[str, Any] = {}
     for name, value in tree.items():
         hint = hints[name]
-        if is_dataclass(hint):
+        if isinstance(hint, type) and is_dataclass(hint):
             values[name] = _build(hint, value, f"{where}{name}.")
         else:
             values[name] = tuple(value) if isinstance(value, list) else value

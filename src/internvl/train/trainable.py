@@ -1,4 +1,4 @@
-"""What learns and how fast: freezing by part, token rows beside a frozen table, parameter groups. Schedules are optim.py's."""
+"""What learns and how fast: freezing by part, token rows beside a frozen table, groups. Schedules are optim.py's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,6 +25,8 @@ class TokenRows(nn.Module):
 
     Only these rows get a gradient: learning the whole table would cost its gradient and optimiser state each step.
     """
+
+    token_ids: Int[Tensor, " tokens"]
 
     def __init__(self, table: nn.Module, head: nn.Module, token_ids: Sequence[int]) -> None:
         super().__init__()
@@ -172,7 +174,9 @@ def _token_rows(model: ChatModel, run: RunConfig, token_ids: Sequence[int]) -> T
     if not run.tokens.learn:
         return None
     if run.language.learn == "full":
-        raise ValueError("tokens.learn is on, but language.learn is 'full' learns the whole table; switch tokens.learn off")
+        raise ValueError(
+            "tokens.learn is on, but language.learn is 'full' learns the whole table; switch tokens.learn off"
+        )
     if not token_ids:
         raise ValueError("tokens.learn is on, but the model has no tokenizer to name the rows; switch tokens.learn off")
     language = model.language.model

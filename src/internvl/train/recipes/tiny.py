@@ -13,7 +13,7 @@ from internvl.zoo import CHAT
 
 INPUTS = "runs/tiny-inputs"
 
-COLOURS = {
+COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 30, 30),
     "green": (30, 170, 60),
     "blue": (40, 70, 220),

@@ -8,22 +8,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from internvl.batch import ChatBatch
+from internvl.data.batching import BatchSettings
+from internvl.data.encode import Encoder
 from internvl.data.images import normalise
+from internvl.data.loader import Loader
+from internvl.data.mixture import read_sets
+from internvl.load import Loaded, load_checkpoint
 from internvl.models.chat import ChatModel
 from internvl.tokens import SPECIAL_TOKENS, token_id
 from internvl.train import features, losses, trainable
 from internvl.train.export import export_model, export_parts
 from internvl.train.run import RunConfig
-
-if TYPE_CHECKING:
-    from internvl.data.loader import Loader
 
 LOSS = "next_token"
 HEAD_CHUNK = 8192
@@ -46,7 +48,9 @@ class Prepared:
         return self._moved(lambda value: value.pin_memory())
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Prepared:
-        return self._moved(lambda value: value.to(device, non_blocking=non_blocking))
+        moved = self._moved(lambda value: value.to(device, non_blocking=non_blocking))
+        # bounds of segments stay on the host, which reads them
+        return replace(moved, batch=replace(moved.batch, segments=self.batch.segments))
 
     def _moved(self, move: Any) -> Prepared:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -58,7 +62,9 @@ class Sft:
 
     coefficients: Mapping[str, float] = {LOSS: 1.0}
 
-    def __init__(self, run: RunConfig, model: ChatModel, tokenizer: Any, loader: Loader, held_out: Loader | None) -> None:
+    def __init__(
+        self, run: RunConfig, model: ChatModel, tokenizer: Any, loader: Loader, held_out: Loader | None
+    ) -> None:
         self.run, self.model, self.tokenizer = run, model, tokenizer
         self.loader, self.held_out = loader, held_out
         self.store: features.MemoryStore | None = None
@@ -91,7 +97,7 @@ class Sft:
     def prepare(self, batch: ChatBatch) -> Prepared:
         positions, targets, weights = losses.shift(batch.labels, batch.loss_weights)
         return Prepared(
-            batch,
+            _without_mask(batch),
             positions,
             targets,
             weights,
@@ -144,12 +150,14 @@ class Sft:
             seen = self._features(tiles)
         else:
             seen = self.store.gather(tiles, prepared.digests, self._features)
-        return self.model.connector(seen)
+        out: Tensor = self.model.connector(seen)
+        return out
 
     def _features(self, tiles: Tensor) -> Float[Tensor, "tiles patches width"]:
         """What the connector reads: the tapped block without the class token."""
         config = self.model.config
-        return self.model.vision(normalise(tiles, config.normalize), config.feature_layer)[:, 1:]
+        states: Tensor = self.model.vision(normalise(tiles, config.normalize), config.feature_layer)
+        return states[:, 1:]
 
     def _open_store(self, device: torch.device) -> features.MemoryStore | None:
         data = self.run.data
@@ -157,16 +165,68 @@ class Sft:
             return None
         if self.run.vision.learn != "frozen" or data.augment == "on":
             raise ValueError(
-                f"data.features is {data.features!r}, but vision.learn is {self.run.vision.learn!r} and data.augment is "
-                f"{data.augment!r}; features can be kept of a frozen vision part and unchanged tiles only"
+                f"data.features is {data.features!r}, but vision.learn is {self.run.vision.learn!r} and data.augment "
+                f"is {data.augment!r}; features can be kept of a frozen vision part and unchanged tiles only"
             )
         if data.features == "memory":
             return features.MemoryStore()
         config = self.model.config
-        settings = {"layer": config.feature_layer, "normalize": config.normalize, "side": config.tile_size}
+        settings: dict[str, Any] = {
+            "layer": config.feature_layer,
+            "normalize": config.normalize,
+            "side": config.tile_size,
+        }
         settings |= {"precision": self.run.precision, "device": device.type}
         folder = Path(data.features_folder or f"{self.run.out}/features") / features.key(self.model.vision, **settings)
         probe = torch.zeros(1, 3, config.tile_size, config.tile_size, dtype=torch.uint8, device=device)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.run.precision == "bf16"):
             shape = self._features(probe)
         return features.DiskStore(folder, shape.shape[1:], shape.dtype)
+
+
+def _without_mask(batch: ChatBatch) -> ChatBatch:
+    """Rows padded on the right need no mask: causal attention never looks at what comes after a learned token."""
+    mask = batch.attention_mask
+    if mask is None or bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        return batch
+    return replace(batch, attention_mask=None)
+
+
+def open_sft(run: RunConfig) -> Sft:
+    """The model of a run with its tokenizer, and its records."""
+    loaded = load_checkpoint(run.model)
+    if loaded.tokenizer is None:
+        raise ValueError(f"{run.model} has no tokenizer; put its tokenizer.json beside the weights")
+    held_out = _loader(run, loaded, run.data.held_out, learning=False) if run.data.held_out else None
+    return Sft(run, loaded.model, loaded.tokenizer, _loader(run, loaded, run.data.meta, learning=True), held_out)
+
+
+def _loader(run: RunConfig, loaded: Loaded, path: str, learning: bool) -> Loader:
+    """Held-out records are never augmented, shuffled, cut or skipped."""
+    data, tokenizer = run.data, loaded.tokenizer
+    if not path:
+        raise ValueError("data.meta is not given; set --data.meta to a meta JSON or a JSONL file")
+    config = loaded.config if data.max_tiles is None else replace(loaded.config, max_tiles=data.max_tiles)
+    sets = read_sets(path)
+    if not learning or data.augment == "off":
+        sets = [replace(some, augment=False) for some in sets]
+    encoder = Encoder(
+        tokenizer,
+        config,
+        max_length=data.max_length,
+        overlong=data.overlong if learning else "error",
+        augment=learning and data.augment == "on",
+    )
+    settings = BatchSettings(
+        data.batch_samples, data.batch_tokens, data.batch_tiles, data.grouped, data.packed, data.weighting
+    )
+    return Loader(
+        sets,
+        encoder,
+        tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        settings,
+        seed=run.seed,
+        shuffle=learning,
+        workers=data.workers,
+        on_error=data.on_error if learning else "error",
+    )

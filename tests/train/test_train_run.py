@@ -1,0 +1,110 @@
+"""RunConfig: there and back through JSON, and errors that name the field."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from internvl.train import optim
+from internvl.train.recipes import RECIPES
+from internvl.train.run import (
+    Data,
+    Optimiser,
+    Part,
+    RunConfig,
+    Schedule,
+    differences,
+    from_json,
+    read_run,
+    to_json,
+)
+
+RUN = RunConfig(schedule=Schedule(steps=10), connector=Part("full"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_survives_json(name: str) -> None:
+    run = RECIPES[name].make()
+    assert from_json(json.loads(json.dumps(to_json(run)))) == run
+    assert RECIPES[name].summary.endswith(".")
+
+
+@given(
+    st.builds(
+        RunConfig,
+        connector=st.builds(Part, learn=st.sampled_from(["frozen", "full"]), lr_scale=st.floats(0, 10)),
+        language=st.builds(
+            Part, learn=st.sampled_from(["frozen", "full", "lora"]), alpha=st.none() | st.integers(1, 9)
+        ),
+        optimiser=st.builds(Optimiser, betas=st.tuples(st.floats(0, 0.9), st.floats(0, 0.9))),
+        schedule=st.builds(Schedule, steps=st.integers(1, 99)),
+        data=st.builds(Data, batch_tokens=st.none() | st.integers(1, 9)),
+    )
+)
+def test_json_is_the_identity(run: RunConfig) -> None:
+    assert from_json(json.loads(json.dumps(to_json(run)))) == run
+
+
+def test_differences_name_nested_fields_and_leave_out_what_may_change() -> None:
+    other = replace(RUN, out="elsewhere", seed=3, data=replace(RUN.data, workers=4, max_length=77))
+    assert differences(RUN, other) == ["data.max_length: 8192 -> 77", "seed: 0 -> 3"]
+
+
+def test_an_unknown_field_is_named() -> None:
+    text = to_json(RUN)
+    text["data"]["bath_samples"] = 3
+    with pytest.raises(ValueError, match=r"data\.bath_samples is no field of Data; it has .*batch_samples"):
+        from_json(text)
+
+
+def test_read_run_takes_file_or_folder(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(to_json(RUN)))
+    assert read_run(tmp_path) == read_run(tmp_path / "run.json") == RUN
+    with pytest.raises(ValueError, match="does not exist"):
+        read_run(tmp_path / "other.json")
+    (tmp_path / "run.json").write_text('{"seed": 1,\n"x"}')
+    with pytest.raises(ValueError, match=r"run\.json:2: not JSON"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": Schedule()}, "exactly one"),
+        ({"schedule": Schedule(steps=1, epochs=1.0)}, "exactly one"),
+        ({"schedule": Schedule(over="time")}, "max_minutes"),
+        ({"schedule": Schedule(over="time", warmup_steps=3), "max_minutes": 1.0}, "warmup_share"),
+        ({"schedule": Schedule(steps=0)}, r"schedule\.steps is 0"),
+        ({"accumulate": 0}, "accumulate is 0"),
+        ({"connector": Part("lora")}, "full or frozen"),
+    ],
+)
+def test_bad_values_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(RUN, **changes)  # type: ignore[arg-type]
+
+
+def test_rate_warms_up_then_falls_to_zero() -> None:
+    run = replace(RUN, schedule=Schedule(steps=100, warmup_steps=10))
+    factors = [optim.lr_factor(run, step, 100) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == factors[10] == 1.0
+    assert factors[55] == pytest.approx(0.5)
+    assert 0 < factors[99] < 0.001
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+
+
+def test_a_share_of_warm_up_is_rounded_up() -> None:
+    assert optim.num_warmup(replace(RUN, schedule=Schedule(steps=10, warmup_share=0.03)), 10) == 1
+
+
+def test_rate_over_time_ends_at_zero() -> None:
+    run = replace(RUN, schedule=Schedule(over="time", warmup_share=0.1), max_minutes=1.0)
+    assert optim.lr_factor(run, 0, 2**31, 0.05) == pytest.approx(0.5)
+    assert optim.lr_factor(run, 5, 2**31, 0.1) == pytest.approx(1.0)
+    assert optim.lr_factor(run, 5, 2**31, 1.2) == pytest.approx(0.0)
