@@ -67,6 +67,8 @@ class Lines:
         blank = [position for position in short if not self.read(position).strip(b"\r\n")]
         kept = np.delete(np.arange(len(ends)), blank)
         self.starts, self.ends, self.numbers = self.starts[kept], self.ends[kept], self.numbers[kept]
+        if not len(kept):
+            raise ValueError(f"{path}: {len(ends)} blank lines and no record; a data set needs at least one")
 
     def __len__(self) -> int:
         return len(self.starts)

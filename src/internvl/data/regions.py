@@ -1,85 +1,97 @@
-"""Boxes and points as text, and back: `<ref>name</ref><box>[[x1, y1, x2, y2], ...]</box>` on the 0..1000 grid.
-
-The grid is that of the whole picture, whatever its tiles (spec: data formats). What an answer means is
-generate/answers.py's.
-"""
+"""Boxes and points <-> text on the 0..1000 grid (spec 5.2). Answers are searched with patterns, never evaluated."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from internvl.tokens import BOX_END, BOX_START, REF_END, REF_START
+from internvl.tokens import BOX_END, BOX_START, QUAD_END, QUAD_START, REF_END, REF_START
 
 GRID = 1000
+"""Coordinates of the text: 0 is the left or upper edge, 1000 the right or lower one."""
 
-Numbers = tuple[float, float, float, float]
-
-_NUMBER = r"-?\d+(?:\.\d+)?"
-_BOX = re.compile(rf"\[\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\]")
-_POINT = re.compile(rf"\[\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\]")
-_MARKED = re.compile(
-    rf"(?:{re.escape(REF_START)}(?P<name>(?:(?!{re.escape(REF_START)}).)*?){re.escape(REF_END)}\s*)?"
-    rf"{re.escape(BOX_START)}(?P<body>.*?)(?:{re.escape(BOX_END)}|$)",
-    re.DOTALL,
-)
+Numbers = tuple[int, int, int, int]
+"""x1, y1, x2, y2."""
 
 
-class NamedBox(NamedTuple):
-    """One box: x1, y1, x2, y2 on the grid, as written."""
+class Box(NamedTuple):
+    """A named box; the name is empty where the text gives none."""
 
     name: str
     box_1000: Numbers
 
 
-def parse_boxes(text: str) -> list[NamedBox]:
-    """Boxes in the order of the text. Without `<box>` marks bare lists of four numbers count, named by nothing.
+class Points(NamedTuple):
+    """Named points, such as the corners of a quadrilateral."""
 
-    Numbers are cut to the grid; a box without area, or with its corners swapped, is left out.
-    """
-    found = [(match["name"] or "", match["body"]) for match in _MARKED.finditer(text)] or [("", text)]
-    boxes = [
-        NamedBox(name.strip(), on_grid((float(a), float(b), float(c), float(d))))
-        for name, body in found
-        for a, b, c, d in _BOX.findall(body)
+    name: str
+    points_1000: tuple[tuple[int, int], ...]
+
+
+_REF = rf"(?:{REF_START}(?P<name>[^<]*){REF_END}\s*)?"
+_BOXES = re.compile(rf"{_REF}{BOX_START}(?P<body>[^<]*){BOX_END}")
+_QUADS = re.compile(rf"{_REF}{QUAD_START}(?P<body>[^<]*){QUAD_END}")
+_GROUP = re.compile(r"\[([^\[\]]*)\]")
+_NUMBER = re.compile(r"-?\d{1,7}(?:\.\d{0,9})?")
+
+
+def to_grid(box_px: Sequence[float | int], width: int, height: int) -> Numbers:
+    """A box in pixels of a picture of this size, on the grid (official: rounded)."""
+    x1, y1, x2, y2 = (round(GRID * v / side) for v, side in zip(box_px, (width, height) * 2, strict=True))
+    return x1, y1, x2, y2
+
+
+def to_pixels(box_1000: Sequence[float | int], width: int, height: int) -> Numbers:
+    """A box on the grid, in pixels of a picture of this size."""
+    x1, y1, x2, y2 = (round(v * side / GRID) for v, side in zip(box_1000, (width, height) * 2, strict=True))
+    return x1, y1, x2, y2
+
+
+def format_boxes(name: str, boxes_1000: Iterable[Sequence[int]]) -> str:
+    """`<ref>name</ref><box>[[x1, y1, x2, y2], ...]]</box>`; without a name, the box alone."""
+    return f"{_format_name(name)}{BOX_START}{[list(box) for box in boxes_1000]}{BOX_END}"
+
+
+def format_box(box: Box) -> str:
+    """The official text of one box."""
+    return format_boxes(box.name, [box.box_1000])
+
+
+def format_points(points: Points) -> str:
+    """`<ref>name</ref><quad>[[x, y], ...]]</quad>`."""
+    return f"{_format_name(points.name)}{QUAD_START}{[list(point) for point in points.points_1000]}{QUAD_END}"
+
+
+def parse_boxes(text: str) -> list[Box]:
+    """Every box of a text, in order; groups of other than four numbers are not boxes. Corners are put in order."""
+    found: list[Box] = []
+    for match in _BOXES.finditer(text):
+        for numbers in _groups(match["body"]):
+            if len(numbers) == 4:
+                x1, y1, x2, y2 = numbers
+                found.append(Box((match["name"] or "").strip(), (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))))
+    return found
+
+
+def parse_points(text: str) -> list[Points]:
+    """The points of every `<quad>`, written as pairs or as one run of numbers."""
+    found = []
+    for match in _QUADS.finditer(text):
+        flat = [number for numbers in _groups(match["body"]) for number in numbers]
+        if flat and len(flat) % 2 == 0:
+            found.append(Points((match["name"] or "").strip(), tuple(zip(flat[::2], flat[1::2], strict=True))))
+    return found
+
+
+def _groups(body: str) -> list[list[int]]:
+    """The numbers of each innermost bracket, held inside the grid."""
+    return [
+        [min(GRID, max(0, round(float(number)))) for number in _NUMBER.findall(group)] for group in _GROUP.findall(body)
     ]
-    return [box for box in boxes if box.box_1000[0] < box.box_1000[2] and box.box_1000[1] < box.box_1000[3]]
 
 
-def parse_points(text: str) -> list[tuple[float, float]]:
-    """Pairs of numbers in brackets, cut to the grid."""
-    return [(_clip(float(x)), _clip(float(y))) for x, y in _POINT.findall(text)]
-
-
-def format_boxes(name: str, boxes_1000: Sequence[Sequence[float]]) -> str:
-    """One name and its boxes, as models learn to write them."""
-    rows = ", ".join(f"[{', '.join(str(round(number)) for number in box)}]" for box in boxes_1000)
-    return f"{REF_START}{name}{REF_END}{BOX_START}[{rows}]{BOX_END}"
-
-
-def on_grid(box: Numbers) -> Numbers:
-    """The part of the box that the grid holds."""
-    left, top, right, bottom = (_clip(number) for number in box)
-    return left, top, right, bottom
-
-
-def to_pixels(box_1000: Numbers, width: int, height: int) -> Numbers:
-    """Grid to pixels of a picture of this size, not rounded."""
-    left, top, right, bottom = box_1000
-    return left * width / GRID, top * height / GRID, right * width / GRID, bottom * height / GRID
-
-
-def to_grid(box_px: Numbers, width: int, height: int) -> tuple[int, int, int, int]:
-    """Pixels to whole numbers of the grid: round(1000 x / width) (official)."""
-    left, top, right, bottom = box_px
-    return (
-        round(GRID * left / width),
-        round(GRID * top / height),
-        round(GRID * right / width),
-        round(GRID * bottom / height),
-    )
-
-
-def _clip(number: float) -> float:
-    return min(max(number, 0.0), float(GRID))
+def _format_name(name: str) -> str:
+    if "<" in name:
+        raise ValueError(f"a region named {name!r}; a name may not hold '<', it would end the mark")
+    return f"{REF_START}{name}{REF_END}" if name else ""
