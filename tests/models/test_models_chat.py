@@ -204,7 +204,7 @@ def test_more_or_fewer_places_than_features_is_an_error_with_both_numbers(num_ti
 
 def test_the_official_count_mismatch_is_an_error() -> None:
     model, tensors, _ = official_model("chat_llama.safetensors")
-    with pytest.raises(ValueError, match="4 .*tokens but 8|8 .*tokens but 12"):
+    with pytest.raises(ValueError, match=r"4 .*tokens but 8|8 .*tokens but 12"):
         model(tensors["in/mismatch_input_ids"], tensors["in/pixel_values"], image_flags=tensors["in/image_flags"])
 
 

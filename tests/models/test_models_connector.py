@@ -59,7 +59,7 @@ def test_channels_are_four_neighbours_and_tokens_run_by_rows_or_columns(rows: in
 
 
 def test_grids_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(ValueError, match="3 x 4 .* 2"):
+    with pytest.raises(ValueError, match=r"3 x 4 .* 2"):
         pixel_shuffle(torch.zeros(1, 3, 4, 1), 0.5, "v2")
     with pytest.raises(ValueError, match="v3"):
         pixel_shuffle(torch.zeros(1, 4, 4, 1), 0.5, "v3")

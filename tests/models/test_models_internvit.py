@@ -225,7 +225,7 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
     assert (per_sample.min(1).values == per_sample.max(1).values).all()
     assert out.mean().item() == pytest.approx(1.0, abs=0.05)
     assert torch.equal(drop.eval()(torch.ones(3, 2)), torch.ones(3, 2))
-    with pytest.raises(ValueError, match="1.0"):
+    with pytest.raises(ValueError, match=r"1\.0"):
         DropPath(1.0)
 
 

@@ -115,7 +115,7 @@ class ChatModel(nn.Module):
         self.config = replace(self.config, language=replace(self.config.language, settings=settings))
 
     def resize_positions(self) -> None:
-        """Store positions for the tile size instead of interpolating them at every use (official resize_pos_embeddings)."""
+        """Store positions for the tile size, for good, and interpolate no more (official resize_pos_embeddings)."""
         self.vision.resize_positions(self.config.tile_size)
         self.config = replace(self.config, vision=self.vision.config)
 

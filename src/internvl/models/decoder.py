@@ -25,7 +25,7 @@ class Decoder(Protocol):
     def reserve(self, rows: int, length: int) -> None:
         """Room for `rows` answers of `length` positions; what is there is kept."""
 
-    def read(self, prompts: Sequence[Float[Tensor, "length width"]], rows: Sequence[int]) -> Tensor:
+    def read(self, prompts: Sequence[Float[Tensor, "_ width"]], rows: Sequence[int]) -> Tensor:
         """Fill rows with prompts; logits (prompts, vocab) of their last positions."""
 
     def step(self, tokens: Int[Tensor, " rows"], lengths: Sequence[int]) -> Tensor:
@@ -85,9 +85,7 @@ class PlainDecoder:
         self.slots.move(source, target, length)
 
     @torch.inference_mode()
-    def read(
-        self, prompts: Sequence[Float[Tensor, "length width"]], rows: Sequence[int]
-    ) -> Float[Tensor, "prompts vocab"]:
+    def read(self, prompts: Sequence[Float[Tensor, "_ width"]], rows: Sequence[int]) -> Float[Tensor, "prompts vocab"]:
         """On a CPU one by one, which gives the same bits in every company; on a GPU padded at the end.
 
         A padded end needs no mask: causal attention never looks there, and the next tokens overwrite it.

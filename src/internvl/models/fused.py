@@ -130,9 +130,7 @@ class FusedDecoder:
     # computation
 
     @torch.inference_mode()
-    def read(
-        self, prompts: Sequence[Float[Tensor, "length width"]], rows: Sequence[int]
-    ) -> Float[Tensor, "prompts vocab"]:
+    def read(self, prompts: Sequence[Float[Tensor, "_ width"]], rows: Sequence[int]) -> Float[Tensor, "prompts vocab"]:
         """One by one: a prompt fills the cores, and its bits do not depend on its neighbours."""
         return torch.cat([self._read(prompt, row) for prompt, row in zip(prompts, rows, strict=True)])
 
