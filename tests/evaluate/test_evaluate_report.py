@@ -41,20 +41,18 @@ def losses() -> Score:
 
 
 def shown(scores: list[Score]) -> str:
-    console = Console(width=200, record=True, quiet=True)
+    console = Console(width=80)
     with console.capture() as captured:
-        Console(width=200, file=console.file)
-        console.quiet = False
         console.print(report.table(scores))
     return captured.get()
 
 
 def test_table_says_model_baselines_and_target() -> None:
     text = shown([shares(), shares("naming", times_blind=3.0, met=None), losses()])
-    for part in ("0.500 [0.400, 0.600]", "0.100 [0.050, 0.200]", "ignoring case", ">= 0.60 missed", "3 x blind"):
+    for part in ("0.500 (0.40–0.60)", "0.100", "ignoring case", "0.60 missed", "3x blind", "gain 0.60 met"):
         assert part in text
-    assert "gain >= 0.60 met" in text
-    assert "gain over another picture" in text
+    assert "0.900 (0.80–1.00)" in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_scores_survive_json(tmp_path: Path) -> None:

@@ -97,6 +97,16 @@ def test_a_run_that_died_in_its_first_line_starts_over(tmp_path: Path) -> None:
     assert len(predict(Seer(), find_task("scenes_colour"), held, held.rows, path)) == 12
 
 
+def test_any_answer_can_be_read_back(tmp_path: Path) -> None:
+    class Odd(Seer):
+        def answers(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
+            return ["a\u2028b\u0085c\x1cd\re\nf \x00 \ufffd"] * len(questions)
+
+    held = read_heldout(build(tmp_path / "d"), "scenes_colour")
+    task, path = find_task("scenes_colour"), tmp_path / "p.jsonl"
+    assert predict(Odd(), task, held, held.rows, path) == predict(Odd(), task, held, held.rows, path)
+
+
 def test_other_settings_are_an_error_that_names_them(tmp_path: Path) -> None:
     held = read_heldout(build(tmp_path / "d"), "scenes_colour")
     task, path = find_task("scenes_colour"), tmp_path / "p.jsonl"

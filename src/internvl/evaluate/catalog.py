@@ -35,7 +35,7 @@ def measure_name(answer: str, row: Row) -> Measures:
     named = float(contains(answer, row.accept))
     if row.name_seen is None:
         return {"named": named}
-    return {"named": named, f"named, name {'seen' if row.name_seen else 'not seen'} in training": named}
+    return {"named": named, "name seen" if row.name_seen else "name not seen": named}
 
 
 @dataclass(frozen=True)

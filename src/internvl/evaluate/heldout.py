@@ -118,7 +118,7 @@ class Majority:
 
 
 def majority(root: Path, task: str, rows: Sequence[Row]) -> Majority:
-    """The commonest answer of DIR/train/<task>.jsonl, or of the held-out rows where that is absent.
+    """The answer that most rows accept, of DIR/train/<task>.jsonl, or of the held-out rows where that is absent.
 
     For boxes the median of each side, which no box of the set need have.
     """
@@ -128,7 +128,7 @@ def majority(root: Path, task: str, rows: Sequence[Row]) -> Majority:
     if boxes:
         sides = [sorted(side)[len(boxes) // 2] for side in zip(*boxes, strict=True)]
         return Majority(f"[[{', '.join(f'{side:g}' for side in sides)}]]", source)
-    (answer, _), *_rest = Counter(row.answer for row in counted).most_common(1)
+    ((answer, _),) = Counter(one for row in counted for one in dict.fromkeys(row.accept)).most_common(1)
     return Majority(answer, source)
 
 

@@ -100,33 +100,37 @@ def _processor() -> str:
 
 
 def table(scores: Sequence[Score]) -> Table:
-    """task | n | score | model | blind | majority answer | target."""
+    """task | n | model | blind | majority answer | target, in 80 columns; every interval is in the JSON."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    shown = Table(title="held-out sets: value [95 % interval]", title_justify="left")
-    for name in ("task", "n", "score", "model", "blind", "majority answer", "target"):
-        shown.add_column(name, justify="left" if name in ("task", "score") else "right", overflow="fold")
+    shown = Table(title="Held-out sets: value and 95 % interval", title_justify="left", box=SIMPLE_HEAD, padding=0)
+    for name in ("task", "n", "model", "blind", "majority\nanswer"):
+        shown.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
+    shown.add_column("target")
     for one in scores:
+        unit = " (nats)" if one.majority is None else ""
         shown.add_row(
-            one.task, str(one.n), one.metric, _cell(one.model), _cell(one.blind), _cell(one.majority), _aim(one)
+            one.task + unit, str(one.n), _with_interval(one.model), _value(one.blind), _value(one.majority), _aim(one)
         )
-        for part, value in one.parts.items():
-            shown.add_row("", str(value.n), part, _cell(value), "", "", "", style="dim")
-        if one.gain is not None:
-            shown.add_row("", str(one.gain.n), "gain over another picture", _cell(one.gain), "", "", "", style="dim")
+        parts = dict(one.parts) if one.gain is None else {"gain": one.gain}
+        for part, value in parts.items():
+            shown.add_row(f"  {part}", str(value.n), _with_interval(value), style="dim")
     return shown
 
 
-def _cell(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return "–"
-    return f"{estimate.value:.3f} \\[{estimate.low:.3f}, {estimate.high:.3f}]"
+def _with_interval(estimate: Estimate) -> str:
+    return f"{estimate.value:.3f} ({estimate.low:.2f}–{estimate.high:.2f})"
+
+
+def _value(estimate: Estimate | None) -> str:
+    return "–" if estimate is None else f"{estimate.value:.3f}"
 
 
 def _aim(score: Score) -> str:
-    target = f"{'gain ' if score.majority is None else ''}>= {score.target:.2f}"
+    target = f"{'gain ' if score.majority is None else ''}{score.target:.2f}"
     if score.times_blind > 1:
-        target += f", {score.times_blind:g} x blind"
+        target += f", {score.times_blind:g}x blind"
     return target + {True: " met", False: " missed", None: ""}[score.met]
 
 

@@ -81,7 +81,7 @@ def _open_results(path: Path, settings: Mapping[str, Any]) -> dict[str, Result]:
     if not whole:  # interrupted before its first line was written
         path.unlink()
         return _open_results(path, settings)
-    lines = whole.decode("utf-8").splitlines()
+    lines = whole.decode("utf-8").removesuffix("\n").split("\n")  # an answer may hold other line separators
     _check_settings(path, json.loads(lines[0]).get("settings", {}), wanted)
     results = {}
     for number, line in enumerate(lines[1:], 2):
