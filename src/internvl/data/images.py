@@ -27,7 +27,7 @@ JPEG_QUALITIES = (75, 100)
 """Lowest and highest quality of the training augmentation (official dataset.py; paper 2.5, section 4.1)."""
 
 # Official internvl/train/constants.py: mean, standard deviation.
-STATISTICS: dict[Scheme, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+STATISTICS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),
     "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
@@ -148,6 +148,8 @@ def _check_pixels(image: Image.Image, name: str, limits: Limits) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
+    if image.format == "TIFF":  # Pillow turns these itself
+        return 1
     # The base method: that of PNG files decodes all pixels to look for a chunk behind them.
     try:
         value = Image.Image.getexif(image).get(_ORIENTATION, 1)
@@ -215,7 +217,7 @@ def jpeg_augment(
 
 
 @lru_cache(maxsize=32)
-def _statistics(scheme: Scheme, device: torch.device) -> tuple[Tensor, Tensor]:
+def _statistics(scheme: str, device: torch.device) -> tuple[Tensor, Tensor]:
     if scheme not in STATISTICS:
         raise ValueError(f"unknown normalisation {scheme!r}; it is one of {', '.join(STATISTICS)}")
     mean, deviation = (torch.tensor(values, device=device).view(3, 1, 1) for values in STATISTICS[scheme])
