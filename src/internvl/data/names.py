@@ -9,14 +9,15 @@ from internvl.data.packaged.wordnet import GROUPS, Nouns
 
 _ARTICLE = re.compile(r"^(?:a|an|the|some|this is an?|one|my|your|another|various)\s+")
 _CUT = re.compile(r"\s+(?:with|in|on|at|from|for|by|to|and|or|under|over|near|behind|without|that|which|facing|wearing|"
-                  r"holding|playing|eating|riding|seen|used|made|as|is|are)\b.*$")  # fmt: skip
+                  r"holding|playing|eating|riding|seen|used|made|as|is|are|pointing|pointed|tilted|curving)\b.*$")  # fmt: skip
 _SHOWN = r"^(?:picture|drawing|image|icon|clip ?art|cartoon|silhouette|illustration|symbol|outline|sketch|photo)s? of "
-_PART = frozenset("pair piece slice bunch pack set group kind type bowl glass cup bottle can basket plate box".split())
+_PART = frozenset("pair piece slice bunch pack set group kind type cut cluster sheaf head stack loaf bar bowl glass cup bottle can basket plate box".split())
 """Heads before "of" that leave the thing after it as a second good name."""
 _JUNK = frozenset(
     "clipart clip art svg untitled openclipart cliparts template icon logo button symbol sign test remix bw b w submission "
     "version copy various new architetto collection thing stuff item object image picture drawing cartoon silhouette "
-    "outline sketch simple theme part piece unit".split()
+    "outline sketch simple theme part piece unit down up left right o'clock volume diagram nero modern base top bottom "
+    "illustration background scene style set group home room equal one two three four five six seven eight nine zero".split()
 )
 _DROP = frozenset(
     "bw cc clipart clip art cartoon icon silhouette outline lineart version vector svg simple generic stylized stylised "
@@ -39,6 +40,8 @@ class Name:
     """Answers that count as right when they occur as whole words."""
     group: str
     """Kind of thing: animal, plant, food, person, body part, object."""
+    wider: tuple[str, ...] = ()
+    """Wider terms, of which a question "is there a ..." is true as well."""
 
 
 def clean(title: str) -> str:
@@ -72,10 +75,10 @@ def name(
         if whole is None:
             return None
         part = nouns.base(outer.split(" ")[-1])
-        useful = part in ("pair", "piece", "slice", "bunch", "pack", "set", "group", "kind", "type")
+        useful = part in ("pair", "piece", "slice", "bunch", "pack", "set", "group", "kind", "type", "cut", "cluster", "loaf")
         accept = whole.accept if useful else (*whole.accept, part)
         full = inner if part in ("pair", "kind", "type", "group", "set", "pack") else phrase
-        return Name(full, whole.head, accept, whole.group) if len(full.split()) <= max_words else None
+        return Name(full, whole.head, accept, whole.group, whole.wider) if len(full.split()) <= max_words else None
     found = _single(outer, nouns, kinds)
     if found is None or len(outer.split()) > max_words:
         return None
@@ -105,7 +108,7 @@ def _single(phrase: str, nouns: Nouns, kinds: frozenset[int]) -> Name | None:
         accept = dict.fromkeys([head, known, *same, phrase])
         if nouns.base(words[-1]) != words[-1]:
             accept |= dict.fromkeys([ending])
-        return Name(phrase, head, tuple(accept), GROUPS[sense.kind])
+        return Name(phrase, head, tuple(accept), GROUPS[sense.kind], tuple(nouns.wider(sense)))
     return None
 
 

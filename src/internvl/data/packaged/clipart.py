@@ -14,6 +14,8 @@ _KEPT = ("animals", "buildings", "computer/hardware", "containers", "decorations
          "signs_and_symbols/clocks", "signs_and_symbols/hazard", "tools", "transportation", "unsorted")  # fmt: skip
 _SKIPPED = ("recreation/games/cards", "transportation/aiga-symbols", "transportation/roadsigns", "people/stickmen",
             "recreation/religion", "people/clothing/pantyhose", "unsorted/duplicates", "tools/weapons/hand")  # fmt: skip
+_ITALIAN = re.compile(r"archit|_archi?_|_arc?_\d|_a_\d|francesc", re.I)
+"""Marks in file names of an author whose titles are Italian."""
 _EMPTY = re.compile(r"clip ?arts?\b.*\bby\b|various|untitled|svg|collection|submission|^\W*$", re.I)
 
 
@@ -22,7 +24,8 @@ def read(pictures: Path, words: Path) -> Iterator[Found]:
     for path in sorted(base.rglob("*.png")):
         relative = path.relative_to(base).with_suffix("").as_posix()
         source = texts / f"{relative}.svg"
-        if not relative.startswith(_KEPT) or relative.startswith(_SKIPPED) or not source.is_file():
+        kept = relative.startswith(_KEPT) and not relative.startswith(_SKIPPED) and not _ITALIAN.search(path.stem)
+        if not kept or not source.is_file():
             continue
         svg = source.read_text(encoding="utf-8", errors="replace")
         title = _tag(svg, "dc:title")

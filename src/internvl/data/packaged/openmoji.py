@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from internvl.data.packaged.common import Found
 
 SIDE_PX = 224
+_SIGN = re.compile(r"arrow|button|(?<!stop )sign$|symbol|mark$|o.clock$|thirty$|suit$|square|triangle|circle$", re.I)
+"""Emoji that are signs, not things."""
 _ANIMALS = range(0x1F400, 0x1F440)
 """Block of animals: the only joined sequences that are kept (polar bear, black cat), so that no variant of a person is."""
 
@@ -45,7 +48,8 @@ def named(names: Path) -> Iterator[tuple[str, dict[str, str]]]:
     done = set()
     for symbol, entry in sorted(tables["en"].items()):
         plain = symbol.replace("\ufe0f", "")
-        if plain in done or (len(plain) > 1 and ord(plain[0]) not in _ANIMALS):
+        joined = len(plain) > 1 and ord(plain[0]) not in _ANIMALS
+        if plain in done or joined or _SIGN.search(entry["en"]):
             continue
         done.add(plain)
         other = {x: _words(tables[x][symbol]) for x in ("fr", "zh") if symbol in tables[x]}

@@ -109,12 +109,16 @@ class Nouns:
         plain = [word for word in sense.words if "(" not in word and word == word.lower()]
         return [word for word in plain if self.sense(self._offsets[word][0]) == sense]
 
-    def is_a(self, sense: Sense, word: str, depth: int = 6) -> bool:
-        """Whether `word` is one of the wider terms of a sense: a polar bear is a bear, a teddy bear is not."""
+    def wider(self, sense: Sense, depth: int = 8) -> list[str]:
+        """Words of all wider terms, nearest first: eagle gives bird of prey, bird, ..."""
+        found: dict[str, None] = {}
         layer = list(sense.parents)
         for _ in range(depth):
             above = [self.sense(offset) for offset in layer]
-            if any(word in wider.words for wider in above):
-                return True
-            layer = [offset for wider in above for offset in wider.parents]
-        return False
+            found |= dict.fromkeys(word for term in above for word in term.words)
+            layer = [offset for term in above for offset in term.parents]
+        return list(found)
+
+    def is_a(self, sense: Sense, word: str) -> bool:
+        """Whether `word` is one of the wider terms of a sense: a polar bear is a bear, a teddy bear is not."""
+        return word in self.wider(sense, 6)

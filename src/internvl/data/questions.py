@@ -1,0 +1,298 @@
+"""What is asked about a composed scene, each answer exact by construction. Pictures are `scenes.py`'s.
+
+One style a task: lower-case single words for yes/no, colour, count and side; "a red apple" for names; sentences for
+captions; `<ref>name</ref><box>[[x1, y1, x2, y2]]</box>` on the 0..1000 grid for places (official format).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from internvl.data import colours
+from internvl.data.library import Library
+from internvl.data.names import plural, with_article
+from internvl.data.scenes import SHAPES, Box, Scene, Thing
+
+Task = str
+SHORT = "Answer the question using a single word or phrase."
+"""InternVL's own suffix of questions with short answers (official internvl_chat/eval/vqa)."""
+SHORT_TASKS = ("yesno", "colour", "count", "position")
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+MARGIN, STEEPNESS = 0.15, 1.5
+"""Centres lie clearly beside each other: this share of the side apart, and that much more than across."""
+_SCENERY = frozenset(
+    "building house tower tree sky cloud person man woman people flower plant leaf grass car water windmill castle temple "
+    "monument statue mountain road bridge boat flag window gate dome church palace bird sun fence rock stone wall door "
+    "stairs lamp cathedral fort fountain hill river lake sea pyramid arch bush garden home roof column bug ladybug pole "
+    "insect beetle ladybeetle street crane ship fan wheel panel".split()
+)
+"""What a photo in the background may show by itself: never asked for in vain there."""
+_BODY = ("person", "body part")
+
+
+@dataclass(frozen=True)
+class Asked:
+    task: Task
+    question: str
+    answer: str
+    accept: tuple[str, ...] = ()
+    box: Box | None = None
+
+
+def pick(options: tuple[str, ...] | list[str], generator: np.random.Generator) -> str:
+    return options[int(generator.integers(len(options)))]
+
+
+def ask(scene: Scene, library: Library, generator: np.random.Generator, task: Task) -> Asked | None:
+    """One question of a task, or None where the scene offers none."""
+    return MAKERS[task](scene, library, generator) if scene.things else None
+
+
+def conversation(scene: Scene, library: Library, generator: np.random.Generator) -> list[Asked]:
+    """One to five different questions, as one record asks them."""
+    tasks, shares = zip(*_SHARES[scene.kind].items(), strict=True)
+    number = int(generator.choice([1, 2, 3, 4, 5], p=[0.1, 0.2, 0.25, 0.25, 0.2]))
+    asked: dict[str, Asked] = {}
+    for _ in range(3 * number):
+        task = tasks[int(generator.choice(len(tasks), p=np.array(shares) / sum(shares)))]
+        made = ask(scene, library, generator, task)
+        if made is not None and made.question not in asked:
+            asked[made.question] = made
+        if len(asked) == number:
+            break
+    return list(asked.values())
+
+
+def with_suffix(asked: Asked, generator: np.random.Generator, share: float = 0.2) -> str:
+    """The question, a fifth of the short ones with InternVL's suffix."""
+    if asked.task.removeprefix("scenes_") in SHORT_TASKS and generator.random() < share:
+        return f"{asked.question}\n{SHORT}"
+    return asked.question
+
+
+def _lower(text: str, generator: np.random.Generator) -> str:
+    """Now and then as people type: no capital, no question mark."""
+    draw = generator.random()
+    if draw < 0.12:
+        return text[0].lower() + text[1:]
+    return (text[0].lower() + text[1:]).rstrip("?.") if draw < 0.18 else text
+
+
+def yesno(scene: Scene, library: Library, generator: np.random.Generator) -> Asked | None:
+    wanted = generator.random() < 0.5
+    noun = _present(scene, generator) if wanted else _absent(scene, library, generator)
+    if noun is None:
+        return None
+    many, one = plural(noun), with_article(noun)
+    text = pick((f"Is there {one} in the picture?", f"Is there {one} in the image?", f"Is there {one}?",
+                 f"Does the picture show {one}?", f"Can you see {one}?", f"Does the image contain {one}?",
+                 f"Do you see {one} here?", f"Are there any {many} in the picture?", f"Is {one} visible?",
+                 f"Is {one} present in this image?"), generator)  # fmt: skip
+    return Asked("scenes_yesno", _lower(text, generator), "yes" if wanted else "no")
+
+
+def _present(scene: Scene, generator: np.random.Generator) -> str:
+    thing = scene.things[int(generator.integers(len(scene.things)))]
+    if thing.entry is None and generator.random() < 0.3:
+        return thing.name
+    if thing.entry and generator.random() < 0.12 and thing.entry.group_kind in ("animal", "plant"):
+        return thing.entry.group_kind
+    return thing.noun
+
+
+def _absent(scene: Scene, library: Library, generator: np.random.Generator) -> str | None:
+    if scene.kind == "shapes":
+        return _absent_shape(scene, generator)
+    present = scene.things[int(generator.integers(len(scene.things)))]
+    kinds = {t.entry.group_kind for t in scene.things if t.entry}
+    for _ in range(12):
+        kind = present.entry.group_kind if present.entry and generator.random() < 0.5 else pick(sorted(library.heads_of_kind), generator)
+        head = pick(library.heads_of_kind[kind], generator)
+        if kind in _BODY and kinds & set(_BODY):
+            continue
+        if scene.ground == "photo" and (head in _SCENERY or kind == "plant"):
+            continue
+        if not any(_covers(thing, head, library) for thing in scene.things):
+            return head
+    return None
+
+
+def _covers(thing: Thing, head: str, library: Library) -> bool:
+    if thing.entry is None:
+        return head == thing.name or head in thing.noun
+    words = (*thing.entry.accept, thing.entry.name, *thing.entry.keywords)
+    said = thing.entry.is_also(head) or any(head in word or word in head for word in words if len(word) > 2)
+    other = library.cutouts.get(head)
+    return said or bool(other and other[0].is_also(thing.noun))
+
+
+def _absent_shape(scene: Scene, generator: np.random.Generator) -> str:
+    """A colour and a shape that stand in the scene, but not together, or a shape that does not stand there."""
+    pairs = {thing.noun for thing in scene.things}
+    shapes = sorted({thing.name for thing in scene.things})
+    named = sorted({str(thing.colour) for thing in scene.things})
+    for _ in range(10):
+        draw = generator.random()
+        shape = pick(shapes, generator) if draw < 0.7 else pick(SHAPES, generator)
+        colour = pick(named if draw < 0.35 else colours.NAMES, generator)
+        if f"{colour} {shape}" not in pairs:
+            return f"{colour} {shape}"
+    return next(shape for shape in SHAPES if shape not in shapes)
+
+
+def colour(scene: Scene, library: Library, generator: np.random.Generator) -> Asked | None:
+    single = [group[0] for group in scene.groups().values() if len(group) == 1 and group[0].colour]
+    if scene.kind == "shapes":
+        names = [thing.name for thing in scene.things]
+        single = [thing for thing in scene.things if names.count(thing.name) == 1]
+    if not single:
+        return None
+    thing = single[int(generator.integers(len(single)))]
+    noun = thing.name if thing.entry is None else thing.noun
+    same = [t for t in scene.things if t.colour == thing.colour]
+    if thing.entry is None and len(same) == 1 and generator.random() < 0.25:
+        text = pick((f"What shape is {thing.colour}?", f"What is the {thing.colour} shape?",
+                     f"What is the shape of the {thing.colour} object?"), generator)  # fmt: skip
+        return Asked("scenes_shape", _lower(text, generator), noun)
+    hue = pick(("color", "colour"), generator)
+    text = pick((f"What {hue} is the {noun}?", f"What is the {hue} of the {noun}?", f"Which {hue} does the {noun} have?",
+                 f"What {hue} is the {noun} in the picture?", f"Name the {hue} of the {noun}.", f"Tell me the {hue} of the {noun}.",
+                 f"The {noun} is what {hue}?", f"Which {hue} is the {noun}?"), generator)  # fmt: skip
+    return Asked("scenes_colour", _lower(text, generator), str(thing.colour))
+
+
+def count(scene: Scene, library: Library, generator: np.random.Generator) -> Asked | None:
+    noun, number = _counted(scene, library, generator)
+    if noun is None:
+        return None
+    many = plural(noun)
+    text = pick((f"How many {many} are there?", f"How many {many} are in the picture?", f"How many {many} can you see?",
+                 f"Count the {many}.", f"What is the number of {many}?", f"How many {many} does the image show?",
+                 f"Tell me how many {many} there are.", f"How many {many} are shown here?"), generator)  # fmt: skip
+    return Asked("scenes_count", _lower(text, generator), str(number))
+
+
+def _counted(scene: Scene, library: Library, generator: np.random.Generator) -> tuple[str | None, int]:
+    if scene.kind == "shapes":
+        thing = scene.things[int(generator.integers(len(scene.things)))]
+        draw = generator.random()
+        if draw < 0.45:
+            return thing.name, sum(t.name == thing.name for t in scene.things)
+        if draw < 0.7:
+            return f"{thing.colour} shape", sum(t.colour == thing.colour for t in scene.things)
+        return "shape", len(scene.things)
+    if scene.kind != "count" and generator.random() < 0.1:
+        return _absent(scene, library, generator), 0
+    groups = scene.groups()
+    largest = max(groups, key=lambda noun: len(groups[noun]))
+    noun = largest if generator.random() < 0.75 else pick(sorted(groups), generator)
+    return noun, len(groups[noun])
+
+
+def position(scene: Scene, library: Library, generator: np.random.Generator) -> Asked | None:
+    pair = _pair(scene, generator)
+    if pair is None:
+        return None
+    one, other, side = pair
+    a, b = f"the {one.noun}", f"the {other.noun}"
+    if generator.random() < 0.12:
+        beside = f"to the {side} of" if side in ("left", "right") else side
+        truth = generator.random() < 0.5
+        asked = beside if truth else (f"to the {OPPOSITE[side]} of" if side in ("left", "right") else OPPOSITE[side])
+        return Asked("scenes_position_yesno", _lower(f"Is {a} {asked} {b}?", generator), "yes" if truth else "no")
+    if side in ("left", "right"):
+        forms = (f"Is {a} to the left or to the right of {b}?", f"Is {a} left or right of {b}?",
+                 f"On which side of {b} is {a}, left or right?")  # fmt: skip
+    else:
+        forms = (f"Is {a} above or below {b}?", f"Is {a} higher or lower than {b}: above or below?")
+    every = (f"Where is {a} relative to {b}: left, right, above or below?",
+             f"Where is {a} compared to {b}, left, right, above or below?",
+             f"Is {a} left of, right of, above or below {b}?")  # fmt: skip
+    return Asked("scenes_position", _lower(pick((*forms, *every), generator), generator), side)
+
+
+def _pair(scene: Scene, generator: np.random.Generator) -> tuple[Thing, Thing, str] | None:
+    single = [group[0] for group in scene.groups().values() if len(group) == 1]
+    pairs = []
+    for one in single:
+        for other in single:
+            side = None if one is other else relation(scene, one, other)
+            if side:
+                pairs.append((one, other, side))
+    return pairs[int(generator.integers(len(pairs)))] if pairs else None
+
+
+def relation(scene: Scene, one: Thing, other: Thing) -> str | None:
+    """Where `one` is, seen from `other`; None without a clear margin."""
+    width, height = scene.image.size
+    across = (one.centre[0] - other.centre[0]) / width
+    down = (one.centre[1] - other.centre[1]) / height
+    if abs(across) > MARGIN and abs(across) > STEEPNESS * abs(down):
+        return "left" if across < 0 else "right"
+    if abs(down) > MARGIN and abs(down) > STEEPNESS * abs(across):
+        return "above" if down < 0 else "below"
+    return None
+
+
+def box(scene: Scene, library: Library, generator: np.random.Generator, single: bool = False) -> Asked | None:
+    groups = {noun: group for noun, group in scene.groups().items() if len(group) <= (1 if single else 4)}
+    if not groups:
+        return None
+    noun = pick(sorted(groups), generator)
+    boxes = sorted(scene.box_1000(thing) for thing in groups[noun])
+    listed = ", ".join(f"[{a}, {b}, {c}, {d}]" for a, b, c, d in boxes)
+    referred = noun if len(boxes) == 1 else plural(noun)
+    # the wording of InternVL's own grounding evaluation for half of the questions
+    official = f"Please provide the bounding box coordinate of the region this sentence describes: <ref>the {referred}</ref>"
+    text = official if generator.random() < 0.5 else _lower(pick((
+        f"Where is the {noun}?" if len(boxes) == 1 else f"Where are the {referred}?", f"Locate the {referred}.",
+        f"Find the {referred} in the picture.", f"Give the bounding box of the {referred}.",
+        f"Detect the {referred}.", f"Show me where the {referred} {'is' if len(boxes) == 1 else 'are'}.",
+        f"Box the {referred}."), generator), generator)  # fmt: skip
+    answer = f"<ref>the {referred}</ref><box>[{listed}]</box>"
+    return Asked("scenes_box", text, answer, box=boxes[0] if len(boxes) == 1 else None)
+
+
+def region(scene: Scene, library: Library, generator: np.random.Generator) -> Asked | None:
+    thing = scene.things[int(generator.integers(len(scene.things)))]
+    a, b, c, d = scene.box_1000(thing)
+    place = f"<box>[[{a}, {b}, {c}, {d}]]</box>"
+    text = pick((f"Please provide a short description for this region: {place}", f"What is in the region {place}?",
+                 f"What is shown at {place}?", f"Name the object in {place}."), generator)  # fmt: skip
+    return Asked("scenes_region", text, with_article(thing.noun))
+
+
+def caption(scene: Scene, library: Library, generator: np.random.Generator) -> Asked:
+    parts = [with_article(noun) if len(group) == 1 else f"{NUMBERS[len(group)]} {plural(noun)}" for noun, group in scene.groups().items()]
+    text = pick(("Describe the picture.", "Describe the image.", "What does the picture show?", "What do you see?",
+                 "What is in the picture?", "Please describe this image shortly.", "Write a caption for the picture.",
+                 "List what you see in the image.", "What can be seen here?"), generator)  # fmt: skip
+    listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    ground = f" on a {scene.ground} background" if scene.ground in colours.NAMES else ""
+    return Asked("scenes_caption", _lower(text, generator), f"The picture shows {listed}{ground}.")
+
+
+def beside(scene: Scene, library: Library, generator: np.random.Generator) -> Asked | None:
+    """What stands left of, right of, above or below one thing, where only two stand in the scene."""
+    pair = _pair(scene, generator) if len(scene.things) == 2 else None
+    if pair is None:
+        return None
+    one, other, side = pair
+    where = f"to the {side} of" if side in ("left", "right") else side
+    return Asked("scenes_beside", _lower(f"What is {where} the {other.noun}?", generator), with_article(one.noun))
+
+
+MAKERS: dict[Task, Callable[[Scene, Library, np.random.Generator], Asked | None]] = {
+    "yesno": yesno, "colour": colour, "count": count, "position": position, "box": box, "region": region,
+    "caption": caption, "beside": beside,
+}  # fmt: skip
+_SHARES = {
+    "mixed": {"yesno": 0.2, "colour": 0.04, "count": 0.07, "position": 0.21, "box": 0.23, "region": 0.07, "caption": 0.13, "beside": 0.05},
+    "count": {"yesno": 0.14, "count": 0.5, "box": 0.14, "region": 0.04, "caption": 0.18},
+    "shapes": {"yesno": 0.17, "colour": 0.21, "count": 0.21, "position": 0.17, "box": 0.14, "caption": 0.1},
+    "colour": {"yesno": 0.1, "colour": 0.55, "position": 0.1, "box": 0.15, "caption": 0.1},
+}  # fmt: skip

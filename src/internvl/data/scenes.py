@@ -1,0 +1,276 @@
+"""Composed scenes: real cut-outs and painted shapes on photos or plain grounds, with exact boxes, colours and counts.
+
+What is asked about a scene is `questions.py`. Everything follows from the generator that is handed in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from internvl.data import colours
+from internvl.data.library import Entry, Library
+
+Box = tuple[int, int, int, int]
+Kind = Literal["mixed", "count", "shapes", "colour"]
+KINDS: tuple[tuple[Kind, float], ...] = (("mixed", 0.40), ("count", 0.26), ("shapes", 0.22), ("colour", 0.12))
+SHAPES = ("circle", "square", "triangle", "rectangle", "star", "heart", "diamond", "hexagon", "cross", "ring")
+_LARGEST = {1: 0.85, 2: 0.55, 3: 0.46, 4: 0.42, 5: 0.38, 6: 0.34, 7: 0.32, 8: 0.3}
+"""Longest side of an object as a share of the canvas, by number of objects."""
+_SMALLEST = 0.16
+MAX_HIDDEN = 0.12
+"""Share of an object's box that another may cover: at least 88 % stay visible."""
+ALPHA = 100
+"""Opacity from which a pixel belongs to the object's box."""
+
+
+@dataclass
+class Thing:
+    noun: str
+    """How a question calls it: unique in the scene unless several are alike."""
+    name: str
+    box: Box
+    """Pixels: left, top, right, bottom, the last two exclusive."""
+    colour: str | None
+    entry: Entry | None = None
+    """None for a painted shape."""
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
+
+
+@dataclass
+class Scene:
+    image: Image.Image
+    things: list[Thing]
+    kind: Kind
+    ground: str
+    """photo, texture, or the colour name of a plain ground."""
+    pictures: list[str] = field(default_factory=list)
+    """Ids of the cut-outs and of the background."""
+
+    def box_1000(self, thing: Thing) -> Box:
+        """On the 0..1000 grid of the official box format."""
+        width, height = self.image.size
+        left, top, right, bottom = thing.box
+        return (
+            round(1000 * left / width), round(1000 * top / height),
+            round(1000 * right / width), round(1000 * bottom / height),
+        )  # fmt: skip
+
+    def groups(self) -> dict[str, list[Thing]]:
+        found: dict[str, list[Thing]] = {}
+        for thing in self.things:
+            found.setdefault(thing.noun, []).append(thing)
+        return found
+
+
+def compose(library: Library, generator: np.random.Generator, kind: Kind | None = None, small: bool | None = None) -> Scene:
+    """One scene; `kind` and size are drawn where not given."""
+    names, shares = zip(*KINDS, strict=True)
+    kind = kind or names[int(generator.choice(len(names), p=shares))]
+    canvas, ground, pictures = lay_ground(library, generator, small, plain=kind == "shapes")
+    scene = Scene(canvas, [], kind, ground, pictures)
+    for patch, thing in _cast(library, generator, kind, canvas):
+        _place(scene, patch, thing, generator)
+    return scene
+
+
+def _size(generator: np.random.Generator, small: bool | None) -> tuple[int, int]:
+    if small if small is not None else generator.random() < 0.7:
+        side = int(generator.integers(200, 257))
+        return side, max(180, min(256, round(side * generator.uniform(0.92, 1.1))))
+    longest, aspect = int(generator.integers(320, 673)), float(np.exp(generator.uniform(-0.75, 0.75)))
+    return (longest, round(longest / aspect)) if aspect > 1 else (round(longest * aspect), longest)
+
+
+def lay_ground(library: Library, generator: np.random.Generator, small: bool | None, plain: bool) -> tuple[Image.Image, str, list[str]]:
+    size = _size(generator, small)
+    draw = generator.random()
+    if draw < (0.25 if plain else 0.5) and library.backgrounds:
+        entry = library.backgrounds[int(generator.integers(len(library.backgrounds)))]
+        return crop_photo(library.picture(entry), size, generator), "photo", [entry.id]
+    if draw < 0.8:
+        name = colours.NAMES[int(generator.integers(len(colours.NAMES)))] if generator.random() < 0.6 else "white"
+        return Image.new("RGB", size, colours.paint(name, generator)), name, []
+    ends = generator.integers(0, 256, (2, 2, 3) if draw < 0.92 else (6, 6, 3), dtype=np.uint8)
+    if draw >= 0.92:
+        ends = (ends // 4 + generator.integers(40, 190)).astype(np.uint8)
+    return Image.fromarray(ends).resize(size, Image.Resampling.BICUBIC), "texture", []
+
+
+def crop_photo(photo: Image.Image, size: tuple[int, int], generator: np.random.Generator) -> Image.Image:
+    """A part of a photo at the wanted size, mirrored and brighter or darker now and then."""
+    share = generator.uniform(0.5, 1.0)
+    scale = share * min(photo.width / size[0], photo.height / size[1])
+    width, height = scale * size[0], scale * size[1]
+    left, top = generator.uniform(0, photo.width - width), generator.uniform(0, photo.height - height)
+    crop = photo.resize(size, Image.Resampling.BILINEAR, box=(left, top, left + width, top + height), reducing_gap=1.5)
+    if generator.random() < 0.5:
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    gain = generator.uniform(0.7, 1.15)
+    return crop.point([min(255, int(v * gain)) for v in range(256)] * 3)
+
+
+def _cast(library: Library, generator: np.random.Generator, kind: Kind, canvas: Image.Image) -> list[tuple[Image.Image, Thing]]:
+    """What stands in the scene, with the picture of each, unplaced."""
+    if kind == "shapes":
+        return _shapes(generator, canvas)
+    if kind == "count":
+        return _crowd(library, generator)
+    number = int(generator.choice([1, 2, 3, 4, 5, 6], p=[0.16, 0.34, 0.24, 0.14, 0.08, 0.04]))
+    heads = _different(library, generator, number, library.coloured if kind == "colour" else None)
+    cast = []
+    for head in heads:
+        found = library.cutouts[head]
+        if kind == "colour":
+            found = [entry for entry in found if entry.colour]
+        cast.append(_take(library, found[int(generator.integers(len(found)))], generator))
+    return cast
+
+
+def _different(library: Library, generator: np.random.Generator, number: int, pool: list[str] | None) -> list[str]:
+    """Heads of which none is another's synonym or wider term."""
+    chosen: list[str] = []
+    for _ in range(6 * number):
+        if pool:
+            head = pool[int(generator.integers(len(pool)))]
+        else:
+            head = library.heads[int(generator.choice(len(library.heads), p=library.head_shares))]
+        entry = library.cutouts[head][0]
+        alike = any(entry.is_also(other) or library.cutouts[other][0].is_also(head) for other in chosen)
+        if not alike and head not in chosen:
+            chosen.append(head)
+        if len(chosen) == number:
+            break
+    return chosen
+
+
+def _crowd(library: Library, generator: np.random.Generator) -> list[tuple[Image.Image, Thing]]:
+    """One kind one to five times, and sometimes others beside it."""
+    number = int(generator.choice([1, 2, 3, 4, 5], p=[0.14, 0.2, 0.22, 0.22, 0.22]))
+    others = int(generator.choice([0, 1, 2, 3], p=[0.45, 0.3, 0.17, 0.08]))
+    heads = _different(library, generator, 1 + others, None)
+    found = library.cutouts[heads[0]]
+    same = found[int(generator.integers(len(found)))]
+    cast = []
+    vary = generator.random() < 0.25
+    for _ in range(number):
+        entry = found[int(generator.integers(len(found)))] if vary else same
+        patch, thing = _take(library, entry, generator)
+        cast.append((patch, Thing(heads[0], thing.name if not vary else heads[0], thing.box, thing.colour, entry)))
+    cast += [_take(library, library.cutouts[head][0], generator) for head in heads[1:]]
+    second = generator.random() < 0.3 and len(heads) > 1  # a second kind that repeats
+    return cast + [_take(library, library.cutouts[heads[1]][0], generator) for _ in range(int(generator.integers(1, 3)) * second)]
+
+
+def _take(library: Library, entry: Entry, generator: np.random.Generator) -> tuple[Image.Image, Thing]:
+    patch = library.picture(entry)
+    if generator.random() < 0.4:
+        patch = patch.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return patch, Thing(entry.head, entry.name, (0, 0, 0, 0), entry.colour, entry)
+
+
+def _shapes(generator: np.random.Generator, canvas: Image.Image) -> list[tuple[Image.Image, Thing]]:
+    number = int(generator.choice([1, 2, 3, 4, 5, 6], p=[0.14, 0.26, 0.24, 0.18, 0.12, 0.06]))
+    ground = np.asarray(canvas.resize((8, 8), Image.Resampling.BOX), np.float32).reshape(-1, 3)
+    alike = generator.random() < 0.35
+    shape, cast, seen = _pick(SHAPES, generator), [], set()
+    for _ in range(4 * number):
+        if len(cast) == number:
+            break
+        shape = shape if alike and generator.random() < 0.75 else _pick(SHAPES, generator)
+        colour = _pick(colours.NAMES, generator)
+        rgb = colours.paint(colour, generator)
+        if np.linalg.norm(ground - np.array(rgb), axis=1).min() < 70 or (not alike and (colour, shape) in seen):
+            continue
+        seen.add((colour, shape))
+        cast.append((draw_shape(shape, rgb, generator), Thing(f"{colour} {shape}", shape, (0, 0, 0, 0), colour)))
+    return cast
+
+
+def _pick(options: tuple[str, ...], generator: np.random.Generator) -> str:
+    return options[int(generator.integers(len(options)))]
+
+
+def draw_shape(shape: str, rgb: tuple[int, int, int], generator: np.random.Generator, side: int = 160) -> Image.Image:
+    """A filled shape on a transparent square, drawn large and shrunk for smooth edges."""
+    big = 2 * side
+    image = Image.new("RGBA", (big, big), (*rgb, 0))
+    draw, ink = ImageDraw.Draw(image), (*rgb, 255)
+    low, high, middle = 0.04 * big, 0.96 * big, big / 2
+    if shape in ("circle", "ring"):
+        draw.ellipse((low, low, high, high), outline=ink, width=big // 6, fill=ink if shape == "circle" else None)
+    elif shape in ("square", "rectangle"):
+        thin = 0 if shape == "square" else big * generator.uniform(0.18, 0.28)
+        draw.rectangle((low, low + thin, high, high - thin), fill=ink)
+    elif shape == "cross":
+        third = big / 3
+        draw.rectangle((low, third, high, 2 * third), fill=ink)
+        draw.rectangle((third, low, 2 * third, high), fill=ink)
+    else:
+        draw.polygon([(middle + x * 0.46 * big, middle + y * 0.46 * big) for x, y in _outline(shape)], fill=ink)
+    if shape == "rectangle" and generator.random() < 0.5:
+        image = image.transpose(Image.Transpose.ROTATE_90)
+    if shape not in ("circle", "ring", "diamond", "square", "cross"):  # a turned square is a diamond
+        image = image.rotate(generator.uniform(-14, 14), Image.Resampling.BILINEAR)
+    return image.resize((side, side), Image.Resampling.BOX)
+
+
+def _outline(shape: str) -> list[tuple[float, float]]:
+    if shape == "triangle":
+        return [(0, -0.95), (1, 0.85), (-1, 0.85)]
+    if shape == "diamond":
+        return [(0, -1), (0.72, 0), (0, 1), (-0.72, 0)]
+    if shape == "heart":
+        turns = np.linspace(0, 2 * np.pi, 60)
+        height = 13 * np.cos(turns) - 5 * np.cos(2 * turns) - 2 * np.cos(3 * turns) - np.cos(4 * turns)
+        return list(zip(np.sin(turns) ** 3, -(height + 2.5) / 16, strict=True))
+    corners = 10 if shape == "star" else 6
+    turns = np.arange(corners) * 2 * np.pi / corners
+    reach = np.where(np.arange(corners) % 2 == 1, 0.42 if shape == "star" else 1.0, 1.0)
+    return list(zip(np.sin(turns) * reach, -np.cos(turns) * reach, strict=True))
+
+
+def _place(scene: Scene, patch: Image.Image, thing: Thing, generator: np.random.Generator, tries: int = 24) -> None:
+    """Paste at a free place; a thing that finds none is left out."""
+    width, height = scene.image.size
+    expected = max(len(scene.things) + 1, min(8, 2 + len(scene.things)))
+    share = generator.uniform(_SMALLEST, _LARGEST[min(8, expected)])
+    if not scene.things and generator.random() < 0.5:
+        share = generator.uniform(_SMALLEST, 0.42)
+    for attempt in range(tries):
+        side = max(20.0, share * min(width, height) * 0.93 ** (attempt // 3))
+        scale = side / max(patch.size)
+        size = max(8, round(patch.width * scale)), max(8, round(patch.height * scale))
+        if size[0] >= width or size[1] >= height:
+            continue
+        left, top = int(generator.integers(0, width - size[0] + 1)), int(generator.integers(0, height - size[1] + 1))
+        if not _free((left, top, left + size[0], top + size[1]), scene.things):
+            continue
+        small = patch.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+        box = small.getchannel("A").point([0] * ALPHA + [255] * (256 - ALPHA)).getbbox()
+        if box is None:
+            return
+        scene.image.paste(small, (left, top), small)
+        thing.box = (left + box[0], top + box[1], left + box[2], top + box[3])
+        scene.things.append(thing)
+        if thing.entry:
+            scene.pictures.append(thing.entry.id)
+        return
+
+
+def _free(box: Box, others: list[Thing]) -> bool:
+    for other in others:
+        width = min(box[2], other.box[2]) - max(box[0], other.box[0])
+        height = min(box[3], other.box[3]) - max(box[1], other.box[1])
+        if width <= 0 or height <= 0:
+            continue
+        areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (box, other.box)]
+        if width * height > MAX_HIDDEN * min(areas):
+            return False
+    return True
