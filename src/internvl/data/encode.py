@@ -228,23 +228,23 @@ class Encoder:
         pictures = [*(source for kind, source in inside if kind == "image" and source is not None), *images]
         videos = [source for kind, source in inside if kind == "video"]
         turns = _mark_last_question(turns_of(messages), len(pictures))
+        marks = _MARKS.findall("\n".join(turn.text for turn in turns if turn.role == "user"))
+        for mark, given in ((IMAGE_MARK, pictures), (VIDEO_MARK, videos)):
+            if marks.count(mark) != len(given):
+                noun = "images" if mark == IMAGE_MARK else "videos"
+                raise ValueError(
+                    f"{marks.count(mark)} {mark} marks in the questions but {len(given)} {noun}; make them equal"
+                )
         budget = self._budget(len(pictures), max_tiles)
         tiles: list[Tensor] = []
-        for mark in _MARKS.findall("\n".join(turn.text for turn in turns if turn.role == "user")):
-            waiting = pictures if mark == IMAGE_MARK else videos
-            if not waiting:
-                raise ValueError(
-                    f"more {mark} marks in the questions than the {len(inside)} + {len(images)} media; make them equal"
-                )
-            source = waiting.pop(0)
+        for mark in marks:
             if mark == IMAGE_MARK:
-                tiles.append(self._tiles(open_image(source, self.limits), budget))
+                tiles.append(self._tiles(open_image(pictures.pop(0), self.limits), budget))
             else:
+                source = videos.pop(0)
                 frames = self._frame_tiles(source, self.frames.choose(probe(source), None))
                 turns = _expand_first_video(turns, len(frames), self.frames.label)
                 tiles += frames
-        if pictures or videos:
-            raise ValueError(f"{len(pictures) + len(videos)} media without a mark in the questions; make them equal")
         return turns, tiles
 
 

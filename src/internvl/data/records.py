@@ -6,6 +6,7 @@ Opens no picture: that is encode.py's.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ def _clip(value: Any, source: str) -> tuple[float, float] | None:
     if value is None:
         return None
     numbers = isinstance(value, list) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value)
-    if not numbers or not 0 <= value[0] < value[1]:
+    if not numbers or not 0 <= value[0] < value[1] < math.inf:
         raise ValueError(f"{source}: `clip` is {value!r}; give [start, end] in seconds")
     return float(value[0]), float(value[1])
 
