@@ -321,6 +321,7 @@ class Feed:
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._batches.close()
 
     def take(self) -> Item:
         item = self._ahead.popleft().result()

@@ -6,7 +6,7 @@ Nothing here touches a model or a file other than `run.json`; recipes build thes
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_type_hints
@@ -192,8 +192,8 @@ class Stage(Protocol):
     def begin(self, run: RunConfig, device: torch.device) -> Learner:
         """The model on the device, with what learns chosen."""
 
-    def batches(self) -> Iterator[Any]:
-        """Endless micro-batches on the host, from the cursor on."""
+    def batches(self) -> Generator[Any, None, None]:
+        """Endless micro-batches on the host, from the cursor on; closing it ends the worker processes."""
 
     def cursor(self) -> dict[str, Any]:
         """Plain JSON: where the data stands after the batch that was yielded last."""

@@ -5,7 +5,7 @@ What learns is trainable.py's, batches are data's; logits exist only where the n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,8 @@ class Sft:
         self.store = self._open_store(device)
         return learner
 
-    def batches(self) -> Iterator[ChatBatch]:
-        return iter(self.loader)
+    def batches(self) -> Generator[ChatBatch, None, None]:
+        yield from self.loader
 
     def cursor(self) -> dict[str, Any]:
         return self.loader.state_dict()

@@ -1,0 +1,225 @@
+"""A recipe from records on disk to a model that loads: files, workers, kill -9, export, command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from internvl.commands.train import main
+from internvl.data.images import normalise
+from internvl.load import load_checkpoint
+from internvl.train.loop import train
+from internvl.train.recipes import find_recipe, tiny
+from internvl.train.run import Part, RunConfig, Schedule, Tokens, to_json
+from internvl.train.stages import open_stage
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model and records of `tiny_sft`, made once."""
+    folder = tmp_path_factory.mktemp("inputs")
+    run = tiny_run(folder, folder)
+    find_recipe("tiny_sft").prepare(run)
+    return folder
+
+
+def tiny_run(inputs: Path, out: Path, **changes: Any) -> RunConfig:
+    run = tiny.tiny_sft()
+    data = replace(
+        run.data, meta=str(inputs / "records.jsonl"), held_out=str(inputs / "held_out.jsonl"), batch_samples=4
+    )
+    settings: dict[str, Any] = {"schedule": Schedule(steps=6), "save_every": 2, "eval_every": 0, "log_every": 2}
+    return replace(run, **{**settings, "out": str(out), "model": str(inputs / "model"), "data": data, **changes})
+
+
+def learned(out: Path, step: int = 6) -> dict[str, torch.Tensor]:
+    return load_file(out / "checkpoints" / f"step-{step:08d}" / "learned.safetensors")
+
+
+def run_here(run: RunConfig) -> Any:
+    stage = open_stage(run)
+    result = train(run, stage, evaluators=[stage.evaluate])
+    return stage, result
+
+
+def test_workers_and_resume_change_nothing(inputs: Path, tmp_path: Path) -> None:
+    """Three records of an epoch of 36 are left when the run is cut: its next batches span two epochs."""
+    changes = {"schedule": Schedule(steps=12), "save_every": 5}
+    whole = tiny_run(inputs, tmp_path / "whole", **changes)
+    run_here(whole)
+    for workers, cut in ((0, 7), (2, 9)):
+        out = tmp_path / f"workers{workers}"
+        run = tiny_run(inputs, out, **changes)
+        run = replace(run, data=replace(run.data, workers=workers))
+        stage = open_stage(run)
+        inner, count = stage.losses, [0]
+
+        def losses(prepared: Any, inner: Any = inner, count: list[int] = count, cut: int = cut) -> Any:
+            count[0] += 1
+            if count[0] > cut:
+                raise RuntimeError("killed")
+            return inner(prepared)
+
+        stage.losses = losses  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="killed"):
+            train(run, stage)
+        run_here(run)
+        for name, value in learned(tmp_path / "whole", 12).items():
+            assert torch.equal(value, learned(out, 12)[name]), name
+
+
+def test_kill_9_then_the_same_command_ends_the_same(inputs: Path, tmp_path: Path) -> None:
+    whole = tiny_run(inputs, tmp_path / "whole", schedule=Schedule(steps=20), save_every=1, eval_every=3)
+    killed = replace(whole, out=str(tmp_path / "killed"))
+    (tmp_path / "run.json").write_text(json.dumps(to_json(killed)))
+    words = [sys.executable, "-m", "internvl.cli", "train", "--run", str(tmp_path / "run.json"), "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wanted = tmp_path / "killed" / "checkpoints" / "step-00000007"
+    while process.poll() is None and not wanted.exists():
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed" / "model").exists()
+    done = subprocess.run([*words, "--resume"], env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["finished"]
+    run_here(whole)
+    for name, value in learned(tmp_path / "whole", 20).items():
+        assert torch.equal(value, learned(tmp_path / "killed", 20)[name]), name
+
+
+def test_sigterm_saves_and_says_how_to_go_on(inputs: Path, tmp_path: Path) -> None:
+    run = tiny_run(inputs, tmp_path / "out", schedule=Schedule(steps=5000), save_every=0, log_every=1)
+    (tmp_path / "run.json").write_text(json.dumps(to_json(run)))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "internvl.cli", "train", "--run", str(tmp_path / "run.json")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.01)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "go on with: internvl train --run" in errors
+    assert (tmp_path / "out" / "checkpoints" / "latest").is_file()
+
+
+LEARNING: dict[str, dict[str, Any]] = {
+    "full": {},
+    "connector_and_rows": {"vision": Part(), "language": Part(), "tokens": Tokens(learn=True)},
+    "lora": {
+        "vision": Part("lora", rank=2),
+        "language": Part("lora", rank=3),
+        "tokens": Tokens(learn=True),
+    },
+}
+
+
+def logits_of(stage: Any) -> torch.Tensor:
+    """Logits of one held-out batch, in evaluation mode."""
+    batch = next(stage.held_out.once())
+    stage.model.eval()
+    with torch.no_grad():
+        return stage.model(
+            batch.input_ids, normalise(batch.tiles, stage.model.config.normalize), attention_mask=batch.attention_mask
+        )
+
+
+@pytest.mark.parametrize("kind", LEARNING)
+def test_the_exported_model_gives_the_trained_logits(inputs: Path, tmp_path: Path, kind: str) -> None:
+    run = tiny_run(inputs, tmp_path, export="none", **LEARNING[kind])
+    stage, _ = run_here(run)
+    trained = logits_of(stage)
+    stage, _ = run_here(replace(run, export="last"))  # nothing left to do but to export
+    torch.testing.assert_close(logits_of(stage), trained, rtol=1e-4, atol=2e-5)
+    loaded = load_checkpoint(tmp_path / "model")
+    assert loaded.layout == "official"
+    stage.model = loaded.model
+    torch.testing.assert_close(logits_of(stage), trained, rtol=1e-4, atol=2e-5)
+
+
+def test_parts_hold_what_learned(inputs: Path, tmp_path: Path) -> None:
+    run = tiny_run(inputs, tmp_path, **LEARNING["lora"])
+    run_here(run)
+    parts = tmp_path / "parts"
+    found = sorted(str(path.relative_to(parts)) for path in parts.rglob("*.safetensors"))
+    assert found == [
+        "connector.safetensors",
+        "embeddings.safetensors",
+        "language/adapter_model.safetensors",
+        "vision/adapter_model.safetensors",
+    ]
+    before, after = load_checkpoint(inputs / "model").model, load_checkpoint(tmp_path / "model").model
+    connector = load_file(parts / "connector.safetensors")
+    assert all(torch.equal(value, connector[name]) for name, value in after.connector.state_dict().items())
+    assert torch.equal(before.vision.layers[0].norm1.weight, after.vision.layers[0].norm1.weight)
+    assert not torch.equal(before.vision.layers[0].mlp.fc1.weight, after.vision.layers[0].mlp.fc1.weight)
+
+
+def test_pictures_are_learned(inputs: Path, tmp_path: Path) -> None:
+    """The loss with the right picture falls far below that of guessing one of six colours."""
+    run = tiny_run(inputs, tmp_path, schedule=Schedule(steps=60), save_every=0)
+    run = replace(run, data=replace(run.data, batch_samples=8))
+    _, result = run_here(run)
+    assert result.metrics["held_out_loss"] < 0.3
+
+
+def test_the_command_takes_overrides_and_prints_json(inputs: Path, tmp_path: Path, capsys: Any) -> None:
+    words = ["tiny_sft", "--out", str(tmp_path / "out"), "--model", str(inputs / "model")]
+    words += ["--data.meta", str(inputs / "records.jsonl"), "--data.held-out", str(inputs / "held_out.jsonl")]
+    words += ["--schedule.steps", "2", "--language.learn", "frozen", "--json"]
+    assert main(words) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["step"] == 2
+    assert result["finished"]
+    saved = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert saved["language"]["learn"] == "frozen"
+    assert not any(name.startswith("language") for name in learned(tmp_path / "out", 2))
+    with pytest.raises(ValueError, match=r"schedule\.steps: 2 -> 3"):
+        main([*words, "--schedule.steps", "3"])
+    assert main(["--run", str(tmp_path / "out")]) == 0
+
+
+def test_the_list_names_every_recipe(capsys: Any) -> None:
+    assert main(["--list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("tiny_sft", "pocket_connector", "pocket_sft"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["no_such"], "no recipe 'no_such'; it is one of tiny_sft"),
+        (["--run"], "needs the run.json"),
+        (["--out", "x"], "comes before the recipe"),
+        (["tiny_sft", "--resume", "--no-resume"], "exclude each other"),
+    ],
+)
+def test_wrong_usage_is_explained(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        main(words)
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no tokenizer"):
+        open_stage(replace(tiny.tiny_sft(), model="tiny-llama", out=str(tmp_path)))
+
+
+def test_a_stage_that_does_not_exist_is_named() -> None:
+    with pytest.raises(ValueError, match="no stage 'rl'; it is one of sft"):
+        open_stage(replace(tiny.tiny_sft(), stage="rl"))
