@@ -59,6 +59,7 @@ def test_verbatim_keeps_case_and_punctuation() -> None:
     [
         ("This is a Polar-Bear.", ["polar bear"], True),
         ("a category", ["cat"], False),
+        ("a bobcat", ["cat"], False),
         ("a cat, asleep", ["dog", "cat"], True),
         ("cats", ["cat"], False),
         ("这是一只猫。", ["猫"], True),

@@ -31,9 +31,11 @@ def chat() -> Chat:
 @pytest.fixture
 def questions(tmp_path: Path) -> list[Question]:
     made = []
-    for index, (size, colour) in enumerate([((60, 60), "red"), ((200, 60), "blue"), ((60, 130), "green")]):
+    for index, (size, colour) in enumerate([((200, 60), "red"), ((60, 130), "blue"), ((60, 60), "green")]):
         Image.new("RGB", size, colour).save(tmp_path / f"{index}.png")
-        made.append(Question(tmp_path / f"{index}.png", "What is it" + " now" * index + "?", f"It is {colour}."))
+        made.append(
+            Question(tmp_path / f"{index}.png", "What is it" + " now" * (20 - 10 * index) + "?", f"It is {colour}.")
+        )
     return made
 
 
@@ -50,6 +52,8 @@ def test_losses_are_those_of_full_logits_in_any_company(
 ) -> None:
     subject = ChatSubject(chat)
     together = subject.losses(questions)
+    lengths = [len(subject._sample(question).input_ids) for question in questions]
+    assert lengths != sorted(lengths)
     monkeypatch.setitem(module.POSITIONS_AT_ONCE, "cpu", 1)
     alone = subject.losses(questions)
     for question, (loss, tokens), (single, _) in zip(questions, together, alone, strict=True):
