@@ -54,6 +54,8 @@ class Data:
     """Meta JSON naming several sets, or one JSONL file of records."""
     held_out: str = ""
     """JSONL or meta JSON never trained on; its loss is the held-out loss."""
+    held_out_samples: int | None = None
+    """How many of them, the same ones each time, of every set in proportion; all when not given."""
     batch_samples: int | None = 16
     """Most samples in one micro-batch."""
     batch_tokens: int | None = None
@@ -170,6 +172,7 @@ RESUME_FREE = frozenset(
         "data.features",
         "data.features_folder",
         "data.held_out",
+        "data.held_out_samples",
     )
 )
 """Fields that may change when a run goes on: they do not change what is learned."""
@@ -238,6 +241,7 @@ def _check(run: RunConfig) -> None:
         "data.batch_samples": run.data.batch_samples,
         "log_every": run.log_every,
         "keep": run.keep,
+        "data.held_out_samples": run.data.held_out_samples,
         "schedule.steps": schedule.steps,
         "schedule.epochs": schedule.epochs,
         "max_minutes": run.max_minutes,

@@ -163,10 +163,10 @@ class Sft:
         data = self.run.data
         if data.features == "none":
             return None
-        if self.run.vision.learn != "frozen" or data.augment == "on":
+        if self.run.vision.learn != "frozen" or data.augment != "off":
             raise ValueError(
                 f"data.features is {data.features!r}, but vision.learn is {self.run.vision.learn!r} and data.augment "
-                f"is {data.augment!r}; features can be kept of a frozen vision part and unchanged tiles only"
+                f"is {data.augment!r}; features are kept of a frozen vision part and of tiles that never change (off)"
             )
         if data.features == "memory":
             return features.MemoryStore()
@@ -210,6 +210,9 @@ def _loader(run: RunConfig, loaded: Loaded, path: str, learning: bool) -> Loader
     sets = read_sets(path)
     if not learning or data.augment == "off":
         sets = [replace(some, augment=False) for some in sets]
+    if not learning and data.held_out_samples is not None:
+        share = min(1.0, data.held_out_samples / sum(len(some.lines) for some in sets))
+        sets = [replace(some, repeat=share) for some in sets]
     encoder = Encoder(
         tokenizer,
         config,
