@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import internvl
+from internvl.data import resize
 from internvl.data.tiling import _grids, choose_grid, count_tiles, cut, join, tile
 
 side = st.integers(1, 300)
@@ -105,3 +108,25 @@ def test_cut_owns_its_memory() -> None:
     assert np.asarray(image).any()
     assert tiles.is_contiguous()
     assert tiles.dtype == torch.uint8
+
+
+@pytest.fixture
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.parametrize("size", [(600, 403), (403, 600), (1, 700), (700, 1), (500, 112), (112, 500), (448, 224)])
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_threads_give_the_same_bytes(size: tuple[int, int], threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resize, "_WORTH_THREADS", 0)
+    image = noise(*size)
+    torch.set_num_threads(threads)
+    for width, height in ((112, 112), (336, 224), (224, 448)):
+        out = np.zeros((height // 112, width // 112, 3, 112, 112), np.uint8)
+        resize.planes(image, width, height, out)
+        expected = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+        assert np.array_equal(out.transpose(0, 3, 1, 4, 2).reshape(height, width, 3), expected)

@@ -22,7 +22,7 @@ from internvl.data.images import Limits, Source, compress, header_size, jpeg_aug
 from internvl.data.media import FrameSettings, expand_video, probe, read_frames
 from internvl.data.records import Record
 from internvl.data.templates import Piece, Template, Turn, find_template, layout, media_of, turns_of
-from internvl.data.tiling import count_tiles, cut, pixels
+from internvl.data.tiling import count_tiles, cut, single
 from internvl.data.tokenise import Tokeniser, Tokens, expand, tokeniser_of
 from internvl.tokens import IGNORE_INDEX, IMAGE_MARK, VIDEO_MARK
 
@@ -202,16 +202,12 @@ class Encoder:
             image = pad_to_square(image, config.normalize)
         augment = rng if self.augment else None
         if not config.dynamic_tiles:
-            return self._single(image if augment is None else compress(image, augment))
+            return single(image if augment is None else compress(image, augment), config.tile_size)
         tiles = cut(image, min(config.min_tiles, budget), budget, config.thumbnail, config.tile_size)
         return tiles if augment is None else jpeg_augment(tiles, augment)
 
-    def _single(self, image: Image.Image) -> UInt8[Tensor, "1 3 side side"]:
-        side = self.config.tile_size
-        return torch.from_numpy(np.ascontiguousarray(pixels(image, side, side).transpose(2, 0, 1)[None]))
-
     def _frame_tiles(self, video: Any, indices: Sequence[int]) -> list[UInt8[Tensor, "1 3 side side"]]:
-        return [self._single(frame) for frame in read_frames(video, indices, self.limits)]
+        return [single(frame, self.config.tile_size) for frame in read_frames(video, indices, self.limits)]
 
     def _stack(self, tiles: Sequence[Tensor]) -> UInt8[Tensor, "tiles 3 side side"]:
         if not tiles:

@@ -14,7 +14,8 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-BICUBIC = Image.Resampling.BICUBIC
+from internvl.data.resize import BICUBIC, planes
+
 TILE_SIZE = 448
 """Side in pixels of every official release."""
 
@@ -114,20 +115,18 @@ def cut(
     thumbnail: bool = True,
     tile_size: int = TILE_SIZE,
 ) -> UInt8[Tensor, "tiles 3 {tile_size} {tile_size}"]:
-    """The pixels of `tile`, without its crops: one resize and one transposition."""
+    """The pixels of `tile`, without its crops: resized planes are written where they belong."""
     columns, rows = choose_grid(*image.size, min_tiles, max_tiles, tile_size)
     count = columns * rows
     out = np.empty((count + int(thumbnail and count != 1), 3, tile_size, tile_size), np.uint8)
-    whole = pixels(image, columns * tile_size, rows * tile_size)
-    parts = whole.reshape(rows, tile_size, columns, tile_size, 3)
-    out[:count].reshape(rows, columns, 3, tile_size, tile_size)[:] = parts.transpose(0, 2, 4, 1, 3)
+    planes(image, columns * tile_size, rows * tile_size, out[:count].reshape(rows, columns, *out.shape[1:]))
     if len(out) > count:
-        out[count] = pixels(image, tile_size, tile_size).transpose(2, 0, 1)
+        planes(image, tile_size, tile_size, out[count:, None])
     return torch.from_numpy(out)
 
 
-def pixels(image: Image.Image, width: int, height: int) -> UInt8[np.ndarray, "height width 3"]:
-    """A picture resized (official: bicubic) as an array."""
-    if image.mode != "RGB":
-        raise ValueError(f"a picture of mode {image.mode}; make it RGB with open_image first")
-    return np.asarray(image if image.size == (width, height) else image.resize((width, height), BICUBIC))
+def single(image: Image.Image, tile_size: int = TILE_SIZE) -> UInt8[Tensor, "1 3 {tile_size} {tile_size}"]:
+    """The whole picture as one tile, its sides stretched."""
+    out = np.empty((1, 3, tile_size, tile_size), np.uint8)
+    planes(image, tile_size, tile_size, out[None])
+    return torch.from_numpy(out)
