@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from internvl.models.attention import attend, causal_mask
+from internvl.models.attention import _products_are_faster, attend, causal_mask
+from internvl.models.layers import Linear, onednn_is_faster
 
 
 def written_out(q, k, v, allowed=None, scale=None):
@@ -82,6 +83,50 @@ def test_long_bfloat16_rows_take_another_kernel_and_agree(length: int) -> None:
     ours = (attend(q, k, v).double() - wanted).abs().max()
     plain = ((q @ k.transpose(-1, -2) * 0.25).softmax(-1) @ v).double()  # what the official code computes
     assert ours <= 1.5 * (plain - wanted).abs().max()
+
+
+@pytest.fixture
+def two_threads():
+    """oneDNN's convolutions take over where torch may use more than one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("heads", "length", "width"), [(4, 300, 16), (6, 257, 64), (3, 700, 48)])
+def test_long_float32_rows_take_another_kernel_and_agree(two_threads, heads: int, length: int, width: int) -> None:
+    q, k, v = (torch.randn(2, heads, length, width) for _ in range(3))
+    assert _products_are_faster(q, k)
+    assert_close(attend(q, k, v), written_out(q, k, v).float(), atol=1e-5, rtol=1e-4)
+    learning = q.clone().requires_grad_()
+    assert not _products_are_faster(learning, k)
+    attend(learning, k, v).sum().backward()
+    assert learning.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("size", [0.1, 3.0, 30.0, 300.0])
+def test_large_scores_in_bfloat16_do_not_overflow(size: float) -> None:
+    q, k, v = qkv(300, 300, dtype=torch.bfloat16)
+    out = attend(size * q, size * k, v)
+    plain = ((size * q * 0.25) @ (size * k).transpose(-1, -2)).softmax(-1) @ v
+    wanted = written_out(size * q, size * k, v)
+    assert out.isfinite().all()
+    assert (out.double() - wanted).abs().mean() <= 1.5 * (plain.double() - wanted).abs().mean() + 1e-6
+
+
+@pytest.mark.parametrize("shape", [(1025, 384), (3, 257, 64), (41, 513)])
+def test_linear_by_onednn_is_a_linear_layer_with_its_gradients(two_threads, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x, layer = torch.randn(shape, requires_grad=True), Linear(shape[-1], 96)
+    assert onednn_is_faster(x)
+    plain = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    assert_close(layer(x), plain, atol=1e-5, rtol=1e-4)
+    target = torch.randn_like(plain)
+    wanted = torch.autograd.grad((plain * target).sum(), [x, layer.weight, layer.bias])
+    found = torch.autograd.grad((layer(x) * target).sum(), [x, layer.weight, layer.bias])
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_queries_in_float32_with_values_in_bfloat16() -> None:

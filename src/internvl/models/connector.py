@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from internvl.models.layers import Linear
+
 
 def pixel_shuffle(
     x: Float[Tensor, "tiles rows columns dim"], ratio: float, version: str
@@ -33,8 +35,8 @@ class Connector(nn.Module):
         self.ratio, self.version = ratio, version
         width = vision_width * round(1 / ratio) ** 2
         self.norm = nn.LayerNorm(width)
-        self.fc1 = nn.Linear(width, language_width)
-        self.fc2 = nn.Linear(language_width, language_width)
+        self.fc1 = Linear(width, language_width)
+        self.fc2 = Linear(language_width, language_width)
 
     def forward(self, x: Float[Tensor, "tiles patches dim"]) -> Float[Tensor, "tiles tokens width"]:
         side = int(x.shape[1] ** 0.5)

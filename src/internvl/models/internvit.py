@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from internvl.config import VisionConfig
 from internvl.models.attention import attend
-from internvl.models.layers import MLP, DropPath, RMSNorm, drop_path_rates, resize_positions
+from internvl.models.layers import MLP, DropPath, Linear, RMSNorm, drop_path_rates, resize_positions
 
 
 def norm(config: VisionConfig) -> nn.Module:
@@ -60,10 +60,10 @@ class Attention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
+        self.qkv = Linear(config.width, 3 * config.width, bias=config.qkv_bias)
         self.q_norm = RMSNorm(config.width, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.width, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.proj = nn.Linear(config.width, config.width)
+        self.proj = Linear(config.width, config.width)
 
     def forward(self, x: Float[Tensor, "tiles positions dim"]) -> Float[Tensor, "tiles positions dim"]:
         q, k, v = self.qkv(x).chunk(3, dim=-1)

@@ -7,6 +7,45 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+ONEDNN_MIN_NUMBERS = 20480
+"""Below it torch does not give a 1x1 convolution to oneDNN."""
+
+
+def onednn_is_faster(x: Tensor) -> bool:
+    """float32 on two or more CPU threads, enough numbers: oneDNN reaches twice MKL's rate (benchmarks/vision.py).
+
+    Measured on AMD; the only public way to oneDNN's float32 matrix product is a 1x1 convolution.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.numel() > ONEDNN_MIN_NUMBERS
+        and torch.get_num_threads() > 1
+        and bool(torch.backends.mkldnn.enabled)
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+def rows_by_matrix(
+    x: Float[Tensor, "rows dim"],
+    weight: Float[Tensor, "new_dim part"],
+    bias: Float[Tensor, "new_dim"] | None = None,
+    groups: int = 1,
+) -> Float[Tensor, "rows new_dim"]:
+    """A linear layer as a 1x1 convolution over rows, without a copy of them; groups split the columns."""
+    image = x[None, :, None].permute(0, 3, 1, 2)
+    out = F.conv2d(image, weight[:, :, None, None], bias, groups=groups)
+    return out.permute(0, 2, 3, 1)[0, :, 0]
+
+
+class Linear(nn.Linear):
+    """nn.Linear, by oneDNN where that is faster."""
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch new_dim"]:
+        if not onednn_is_faster(x):
+            return super().forward(x)
+        return rows_by_matrix(x.reshape(-1, x.shape[-1]), self.weight, self.bias).view(*x.shape[:-1], -1)
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm, computed in float32 whatever the input (official InternRMSNorm)."""
@@ -43,8 +82,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden_width)
-        self.fc2 = nn.Linear(hidden_width, width)
+        self.fc1 = Linear(width, hidden_width)
+        self.fc2 = Linear(hidden_width, width)
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
