@@ -102,7 +102,8 @@ PACKAGES = {
             "f89cf7d8a589489daecf750031ec50456ab3e648d49ff544f0f08753268fbd91", 2_379_948, "Apache-2.0",
         ),
         Package(
-            "fonts-noto-color-emoji", "2.042-0+deb12u1", "apt", "a5ab0f69c7938423862320d9aca5dd187b3fd879d6a9a57dd52e17c3fa8d2751",
+            "fonts-noto-color-emoji", "2.042-0+deb12u1", "apt",
+            "a5ab0f69c7938423862320d9aca5dd187b3fd879d6a9a57dd52e17c3fa8d2751",
             9_893_872, "OFL-1.1",
         ),
         Package(
@@ -213,7 +214,9 @@ def _download(package: Package, folder: Path, progress: bool) -> Path:
     found = [p for p in folder.iterdir() if p.suffix in (".whl", ".deb")]
     if process.returncode or len(found) != 1:
         said = " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:])
-        first = "run `apt-get update` once, or " if package.kind == "apt" else "check the network and pip's settings, or "
+        first = (
+            "run `apt-get update` once, or " if package.kind == "apt" else "check the network and pip's settings, or "
+        )
         raise OSError(
             f"could not bring {package.name} {package.version}: `{' '.join(command)}` ended with {process.returncode} "
             f"({said}); {first}{_by_hand(package)}"
@@ -260,5 +263,7 @@ def find(name: str, pattern: str) -> Path:
     """The one file of a package that matches `pattern`."""
     found = sorted(fetch(name).rglob(pattern))
     if len(found) != 1:
-        raise OSError(f"{name}: {len(found)} files match {pattern!r} instead of one; delete {fetch(name)} and fetch again")
+        raise OSError(
+            f"{name}: {len(found)} files match {pattern!r} instead of one; delete {fetch(name)} and fetch again"
+        )
     return found[0]

@@ -165,13 +165,15 @@ def write_settings(target: Path, tokenizer: Any) -> None:
     (target / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     tokenizer.save_pretrained(os.fspath(target))
     path = target / "tokenizer_config.json"  # the class name that transformers 4 and serving tools know as well
-    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2))
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2)
+    )
 
 
 def _connector_key(name: str) -> str:
     """`norm`, `fc1`, `fc2` of ours are 0, 1, 3 of the official `mlp1`."""
     part, leaf = name.removeprefix("connector.").removeprefix("mlp1.").split(".")
-    return f"mlp1.{ {'norm': '0', 'fc1': '1', 'fc2': '3'}.get(part, part)}.{leaf}"
+    return f"mlp1.{ {'norm': '0', 'fc1': '1', 'fc2': '3'}.get(part, part) }.{leaf}"
 
 
 def _digest(folder: Path) -> str:

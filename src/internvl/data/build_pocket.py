@@ -96,7 +96,12 @@ def build(plan: Plan, log: Callable[[str], None] = lambda line: None) -> dict[st
     shop = Shop(plan, Library(plan.collected, "train"))
     shop.library.warm()  # decoded once, shared with the processes that fork below
     log(f"library: {len(shop.library.entries)} pictures, {len(shop.library.heads)} names in scenes")
-    numbers = {"scenes": plan.scenes, "words": plan.words, "pictures": len(shop.pictures), "easy_vqa": len(shop.easy_vqa)}
+    numbers = {
+        "scenes": plan.scenes,
+        "words": plan.words,
+        "pictures": len(shop.pictures),
+        "easy_vqa": len(shop.easy_vqa),
+    }
     counts = {}
     for name, number in numbers.items():
         counts[name] = _write_set(shop, name, number)
@@ -157,7 +162,9 @@ def _chunk(job: tuple[str, int, int]) -> list[Made]:
     return [one for one in made if one is not None]
 
 
-def record(name: str, index: int, image: str, size: tuple[int, int], asked: list[Asked], rng: np.random.Generator) -> dict[str, Any]:
+def record(
+    name: str, index: int, image: str, size: tuple[int, int], asked: list[Asked], rng: np.random.Generator
+) -> dict[str, Any]:
     """One official JSONL line."""
     turns = []
     for place, one in enumerate(asked):
@@ -204,8 +211,15 @@ _MAKERS: dict[str, Callable[[Shop, int], Made | None]] = {
 }  # fmt: skip
 
 
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m internvl.data.build_pocket", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m internvl.data.build_pocket", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--collected", type=Path, required=True, help="folder that `internvl data collect` made")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scenes", type=int, default=Plan.scenes)
@@ -213,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=Plan.seed)
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     plan = Plan(**vars(parser.parse_args(arguments)))
-    build(plan, lambda line: sys.stdout.write(line + "\n") and sys.stdout.flush())
+    build(plan, say)
     return 0
 
 

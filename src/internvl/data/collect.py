@@ -1,7 +1,7 @@
-"""All packaged pictures in one compact folder: normalised, named, grouped, split. What training asks about them is not here.
+"""All packaged pictures in one compact folder: normalised, named, grouped, split. What is asked is not here.
 
-The folder holds `pictures.jsonl`, `pictures/`, `easy_vqa/`, `fonts/`, `words.txt`, and is all that `build_pocket.py` needs,
-so that a machine without network and Debian packages can build the training sets.
+The folder holds pictures.jsonl, pictures/, easy_vqa/, fonts/, words.txt, and is all that `build_pocket.py` needs, so
+that a machine without network and Debian packages can build the training sets.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ CUTOUT_PX, PHOTO_PX, QUALITY = 256, 512, 84
 HELD_OUT_PER_MILLE, HELD_OUT_BACKGROUNDS = 100, 170
 MAX_PIXELS = 40_000_000
 _KINDS = {
-    "animals": {5}, "animal": {5}, "fishes": {5}, "food": {13, 20}, "plants": {20, 13}, "people": {18, 8}, "tools": {6},
+    "animals": {5}, "animal": {5}, "fishes": {5}, "food": {13, 20}, "plants": {20, 13}, "people": {18, 8},
+    "tools": {6},
     "transportation": {6}, "buildings": {6}, "vehicles": {6}, "clothes": {6}, "computer": {6}, "electronics": {6},
     "office": {6}, "containers": {6}, "town": {6}, "household": {6}, "recreation": {6},
 }  # fmt: skip
@@ -43,8 +44,10 @@ _KINDS = {
 _SCENERY = ("monument", "renewable")
 FONT_PACKAGES = ("fonts-dejavu-core", "fonts-liberation", "fonts-roboto-unhinted")
 FONTS = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSerif.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSansMono.ttf",
-         "LiberationSans-Regular.ttf", "LiberationSans-Bold.ttf", "LiberationSans-Italic.ttf", "LiberationSansNarrow-Regular.ttf",
-         "LiberationSerif-Regular.ttf", "LiberationSerif-Bold.ttf", "LiberationSerif-BoldItalic.ttf", "LiberationMono-Bold.ttf",
+         "LiberationSans-Regular.ttf", "LiberationSans-Bold.ttf", "LiberationSans-Italic.ttf",
+         "LiberationSansNarrow-Regular.ttf",
+         "LiberationSerif-Regular.ttf", "LiberationSerif-Bold.ttf", "LiberationSerif-BoldItalic.ttf",
+         "LiberationMono-Bold.ttf",
          "RobotoCondensed-Regular.ttf", "Roboto-Medium.ttf", "Roboto-Black.ttf", "Roboto-Italic.ttf")  # fmt: skip
 _RUDE = re.compile(
     r"fuck|shit|cunt|nigg|slut|whore|rape|porn|penis|vagin|dick|cock$|fag|bitch|bastard|nazi|sex|anal|anus|kill"
@@ -139,10 +142,14 @@ def normalise(found: Found) -> Picture | None:
     final.save(stream, "WEBP", quality=QUALITY, alpha_quality=90, method=5)
     digest = hashlib.sha256(found.data).hexdigest()[:16]
     row = {
-        "id": digest, "file": f"pictures/{digest}.webp", "source": found.source, "kind": found.kind, "path": found.path,
-        "title": found.title, "names": dict(found.names), "captions": list(found.captions), "keywords": list(found.keywords),
-        "category": found.category, "cutout": cutout, "background": scenery, "width": final.width, "height": final.height,
+        "id": digest, "file": f"pictures/{digest}.webp", "source": found.source, "kind": found.kind,
+        "path": found.path,
+        "title": found.title, "names": dict(found.names), "captions": list(found.captions),
+        "keywords": list(found.keywords),
+        "category": found.category, "cutout": cutout, "background": scenery, "width": final.width,
+        "height": final.height,
         "colour": colours.measure(image) if cutout else None, "fill": round(opaque, 3),
+        "parts": num_parts(image) if cutout else 1,
     }  # fmt: skip
     return Picture(row, stream.getvalue(), look, found.series)
 
@@ -160,6 +167,23 @@ def _open(found: Found) -> Image.Image:
         raise ImportError("drawing stamps needs: pip install 'internvl[packaged]'") from error
     png = resvg_py.svg_to_bytes(svg_string=found.data.decode("utf-8", "replace"), width=CUTOUT_PX)
     return Image.open(io.BytesIO(bytes(png)))
+
+
+def num_parts(image: Image.Image, least: float = 0.12) -> int:
+    """Separate pieces of a cut-out that hold at least this share of it: two leaves in one picture are two."""
+    solid = np.asarray(image.getchannel("A").resize((40, 40), Image.Resampling.BOX)) > 60
+    left = {(int(row), int(column)) for row, column in np.argwhere(solid)}
+    total, parts = len(left), 0
+    while left:
+        stack, size = [left.pop()], 0
+        while stack:
+            row, column = stack.pop()
+            size += 1
+            around = {(row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)} & left
+            left -= around
+            stack += around
+        parts += size >= least * total
+    return parts
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -183,8 +207,8 @@ def _named(picture: Picture | None, nouns: Nouns) -> Picture | None:
     row = picture.row
     strict = row["source"] == "openclipart"
     found = names.name(row["title"], nouns, frozenset(_KINDS.get(row["category"], ())), strict=strict)
-    proper = row["category"] == "monument" or row["source"] == "stamps" and row["title"].startswith("“")
-    row["proper"] = bool(proper)
+    proper = row["category"] == "monument" or (row["source"] == "stamps" and row["title"].startswith("“"))
+    row["proper"] = bool(proper or (found is not None and found.proper))
     row["name"] = found.name if found else ""
     row["head"] = found.head if found else ""
     row["accept"] = list(found.accept) if found else []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from PIL import Image
 
 NAMES = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray")
 _HUES = (
-    (12, "red"), (44, "orange"), (70, "yellow"), (158, "green"), (198, ""), (258, "blue"), (300, "purple"), (340, "pink"),
+    (12, "red"), (44, "orange"), (70, "yellow"), (158, "green"), (198, ""), (258, "blue"), (300, "purple"), (340,
+    "pink"),
     (360, "red"),
 )  # fmt: skip
 """Upper end of each name's hue in degrees; teal is called both blue and green. `_MARGIN` leaves the borders out."""
@@ -74,12 +75,14 @@ def _hue(rgb: np.ndarray, high: np.ndarray, chroma: np.ndarray) -> np.ndarray:
         (green - blue) / safe % 6,
         np.where(high == green, (blue - red) / safe + 2, (red - green) / safe + 4),
     )
-    return hue * 60 % 360
+    return np.asarray(hue * 60 % 360)
 
 
 _PAINT = {
-    "red": ((214, 240), (10, 45), (10, 45)), "orange": ((240, 255), (128, 150), (0, 25)), "yellow": ((240, 255), (215, 235), (0, 50)),
-    "green": ((10, 60), (130, 190), (20, 70)), "blue": ((15, 50), (50, 110), (190, 245)), "purple": ((110, 145), (20, 50), (150, 200)),
+    "red": ((214, 240), (12, 32), (12, 32)), "orange": ((240, 255), (128, 150), (0, 25)), "yellow": ((240, 255),
+    (215, 235), (0, 50)),
+    "green": ((10, 60), (130, 190), (20, 70)), "blue": ((15, 50), (50, 110), (190, 245)), "purple": ((110, 145), (20,
+    50), (150, 200)),
     "pink": ((250, 255), (140, 175), (180, 205)), "brown": ((105, 135), (58, 76), (15, 35)), "black": ((0, 18),) * 3,
     "white": ((246, 255),) * 3, "gray": ((120, 145),) * 3,
 }  # fmt: skip
@@ -94,6 +97,6 @@ def paint(name: str, generator: np.random.Generator) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def luminance(rgb: UInt8[np.ndarray, "... 3"] | tuple[int, int, int]) -> float:
+def luminance(rgb: np.ndarray | tuple[int, ...]) -> float:
     """Mean relative luminance, 0 to 255 (Rec. 601)."""
     return float((np.asarray(rgb, np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)).mean())

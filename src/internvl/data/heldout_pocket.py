@@ -56,7 +56,7 @@ def write(collected: Path, out: Path, seed: int, answers: dict[str, list[dict[st
     for language in ("fr", "zh"):
         _lines(out / "heldout" / "more" / f"naming_{language}.jsonl", _foreign(library, language))
     meta = {
-        task: {"root": "", "annotation": f"records/{task}.jsonl", "data_augment": False, "repeat_time": 1, "length": len(rows)}
+        task: {"root": "", "annotation": f"records/{task}.jsonl", "repeat_time": 1, "length": len(rows)}
         for task, rows in tasks.items()
     }  # fmt: skip
     (out / "heldout" / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
@@ -196,5 +196,3 @@ def unpack_easy_vqa(collected: Path, out: Path, split: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(collected / "easy_vqa" / f"{split}.zip") as archive:
         archive.extractall(folder)
-
-

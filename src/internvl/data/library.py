@@ -14,8 +14,12 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from internvl.data.packaged.common import set_of
+
 Split = Literal["train", "heldout"]
 CUTOUT_PX, BACKGROUND_PX = 192, 512
+_GENERAL = set_of("creature animal person thing object food plant body tool figure")
+"""Never asked for in vain: most pictures show one."""
 _MANY = ("ss", "us", "is", "os")
 """Endings in s of singular nouns."""
 
@@ -42,6 +46,7 @@ class Entry:
     background: bool
     colour: str | None
     fill: float
+    parts: int
     proper: bool
     split: Split
     name_seen: bool
@@ -90,7 +95,7 @@ class Library:
     def head_shares(self) -> np.ndarray:
         """Chance of each head: by the root of its number of pictures, so that faces do not crowd the rest out."""
         counts = np.sqrt([len(self.cutouts[head]) for head in self.heads])
-        return counts / counts.sum()
+        return np.asarray(counts / counts.sum())
 
     @cached_property
     def coloured(self) -> list[str]:
@@ -100,7 +105,7 @@ class Library:
     @cached_property
     def known_heads(self) -> dict[str, str]:
         """Head -> kind of thing over the training pictures: what a question may ask for in vain."""
-        singles = [e for e in self.all if e.split == "train" and e.single and not e.proper]
+        singles = [e for e in self.all if e.split == "train" and e.single and not e.proper and e.head not in _GENERAL]
         return {e.head: e.group_kind for e in singles}
 
     @cached_property
@@ -117,8 +122,7 @@ class Library:
     def picture(self, entry: Entry) -> Image.Image:
         """Decoded, small enough to be pasted: RGBA cut-out or RGB photo."""
         if entry.id not in self._decoded:
-            image = Image.open(self.folder / entry.file)
-            image = image.convert("RGBA" if entry.cutout else "RGB")
+            image = Image.open(self.folder / entry.file).convert("RGBA" if entry.cutout else "RGB")
             side = BACKGROUND_PX if entry.background else CUTOUT_PX
             image.thumbnail((side, side), Image.Resampling.BICUBIC)
             self._decoded[entry.id] = image
@@ -135,7 +139,12 @@ class Library:
 
 
 def _handy(entry: Entry) -> bool:
-    return 1 / 3.5 <= entry.width / entry.height <= 3.5 and entry.fill > 0.12 and len(entry.head) <= 24
+    return (
+        1 / 3.5 <= entry.width / entry.height <= 3.5
+        and entry.fill > 0.12
+        and entry.parts == 1
+        and len(entry.head) <= 24
+    )
 
 
 def _entry(row: dict) -> Entry:

@@ -5,24 +5,34 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from internvl.data.packaged.common import set_of
 from internvl.data.packaged.wordnet import GROUPS, Nouns
 
 _ARTICLE = re.compile(r"^(?:a|an|the|some|this is an?|one|my|your|another|various)\s+")
-_CUT = re.compile(r"\s+(?:with|in|on|at|from|for|by|to|and|or|under|over|near|behind|without|that|which|facing|wearing|"
-                  r"holding|playing|eating|riding|seen|used|made|as|is|are|pointing|pointed|tilted|curving)\b.*$")  # fmt: skip
-_SHOWN = r"^(?:picture|drawing|image|icon|clip ?art|cartoon|silhouette|illustration|symbol|outline|sketch|photo)s? of "
-_PART = frozenset("pair piece slice bunch pack set group kind type cut cluster sheaf head stack loaf bar bowl glass cup bottle can basket plate box".split())
-"""Heads before "of" that leave the thing after it as a second good name."""
-_JUNK = frozenset(
-    "clipart clip art svg untitled openclipart cliparts template icon logo button symbol sign test remix bw b w submission "
-    "version copy various new architetto collection thing stuff item object image picture drawing cartoon silhouette "
-    "outline sketch simple theme part piece unit down up left right o'clock volume diagram nero modern base top bottom "
-    "illustration background scene style set group home room equal one two three four five six seven eight nine zero".split()
+_CUT = re.compile(
+    r"\s+(?:with|in|on|at|from|for|by|to|and|or|under|over|near|behind|without|that|which|facing|wearing|holding|playing|"
+    r"eating|riding|seen|used|made|as|is|are|pointing|pointed|tilted|curving|showing)\b.*$"
 )
-_DROP = frozenset(
-    "bw cc clipart clip art cartoon icon silhouette outline lineart version vector svg simple generic stylized stylised "
-    "colored coloured color colour drawing image picture illustration sketch remix symbol logo grayscale greyscale "
-    "contour mono monochrome freehand".split()
+_SHOWN = r"^(?:picture|drawing|image|icon|clip ?art|cartoon|silhouette|illustration|symbol|outline|sketch|photo)s? of "
+_PART = set_of(
+    "pair piece slice bunch pack set group kind type cut cluster sheaf head stack loaf bar bowl glass cup "
+    "bottle can basket plate box"
+)
+"""Heads before "of" that leave the thing after it as the name."""
+_AMOUNT = set_of("pair piece slice bunch pack set group kind type cut cluster loaf")
+"""Those of them that nobody would give as the answer."""
+_JUNK = set_of(
+    "clipart clip art svg untitled openclipart cliparts template icon logo button symbol sign test remix bw b "
+    "w submission version copy various new architetto collection thing stuff item object image picture drawing "
+    "cartoon silhouette outline sketch simple theme part piece unit down up left right o'clock volume diagram "
+    "nero modern base top bottom illustration background scene style set group home room equal one two three "
+    "four five six seven eight nine zero red orange yellow green blue purple pink brown black white gray grey "
+    "fashion load throw spread trip design hide portrait rice"
+)
+_DROP = set_of(
+    "bw cc clipart clip art cartoon icon silhouette outline lineart version vector svg simple generic stylized "
+    "stylised colored coloured color colour drawing image picture illustration sketch remix symbol logo "
+    "grayscale greyscale contour mono monochrome freehand"
 )
 _GENERAL = frozenset(
     {"thing", "machine", "object", "item", "being", "soul", "someone", "animal", "beast", "creature", "fauna"}
@@ -42,6 +52,8 @@ class Name:
     """Kind of thing: animal, plant, food, person, body part, object."""
     wider: tuple[str, ...] = ()
     """Wider terms, of which a question "is there a ..." is true as well."""
+    proper: bool = False
+    """One certain thing, such as the Eiffel tower."""
 
 
 def clean(title: str) -> str:
@@ -53,7 +65,7 @@ def clean(title: str) -> str:
     text = re.sub(r"\s*#?\b\d+\w?\b|(?<=[a-z])\d+\b", " ", text)
     words = [w for w in re.split(r"[^a-zàâçéèêëîïôûùüñæœ'\-]+", text) if w.strip("-'")]
     text = " ".join(w.strip("-'") if not w.endswith("s'") else w for w in words if w not in _DROP)
-    text = re.sub(_SHOWN, "", text)
+    text = re.sub(r"^of ", "", re.sub(_SHOWN, "", text))
     before = None
     while before != text:
         before, text = text, _ARTICLE.sub("", text)
@@ -63,7 +75,7 @@ def clean(title: str) -> str:
 def name(
     title: str, nouns: Nouns, kinds: frozenset[int] = frozenset(), max_words: int = 4, strict: bool = False
 ) -> Name | None:
-    """What the title names, or None where no thing that can be drawn is named; `strict` drops words unknown to WordNet."""
+    """What the title names, or None where that cannot be drawn; `strict` wants every word in WordNet."""
     text = clean(title)
     if strict and not all(nouns.is_english(word) for word in _CUT.sub("", text).split() if word != "of"):
         return None
@@ -75,10 +87,27 @@ def name(
         if whole is None:
             return None
         part = nouns.base(outer.split(" ")[-1])
-        useful = part in ("pair", "piece", "slice", "bunch", "pack", "set", "group", "kind", "type", "cut", "cluster", "loaf")
+        useful = part in (
+            "pair",
+            "piece",
+            "slice",
+            "bunch",
+            "pack",
+            "set",
+            "group",
+            "kind",
+            "type",
+            "cut",
+            "cluster",
+            "loaf",
+        )
         accept = whole.accept if useful else (*whole.accept, part)
         full = inner if part in ("pair", "kind", "type", "group", "set", "pack") else phrase
-        return Name(full, whole.head, accept, whole.group, whole.wider) if len(full.split()) <= max_words else None
+        return (
+            Name(full, whole.head, accept, whole.group, whole.wider, whole.proper)
+            if len(full.split()) <= max_words
+            else None
+        )
     found = _single(outer, nouns, kinds)
     if found is None or len(outer.split()) > max_words:
         return None
@@ -108,7 +137,7 @@ def _single(phrase: str, nouns: Nouns, kinds: frozenset[int]) -> Name | None:
         accept = dict.fromkeys([head, known, *same, phrase])
         if nouns.base(words[-1]) != words[-1]:
             accept |= dict.fromkeys([ending])
-        return Name(phrase, head, tuple(accept), GROUPS[sense.kind], tuple(nouns.wider(sense)))
+        return Name(phrase, head, tuple(accept), GROUPS[sense.kind], tuple(nouns.wider(sense)), sense.certain(known))
     return None
 
 
@@ -127,10 +156,13 @@ def plural(phrase: str) -> str:
     irregular = {
         "man": "men", "woman": "women", "child": "children", "mouse": "mice", "foot": "feet", "tooth": "teeth",
         "goose": "geese", "sheep": "sheep", "fish": "fish", "deer": "deer", "leaf": "leaves", "knife": "knives",
-        "wolf": "wolves", "person": "people", "ox": "oxen", "aircraft": "aircraft", "shelf": "shelves", "loaf": "loaves",
-        "calf": "calves", "moose": "moose", "bison": "bison", "squid": "squid", "shrimp": "shrimp", "potato": "potatoes",
+        "wolf": "wolves", "person": "people", "ox": "oxen", "aircraft": "aircraft", "shelf": "shelves",
+        "loaf": "loaves",
+        "calf": "calves", "moose": "moose", "bison": "bison", "squid": "squid", "shrimp": "shrimp",
+        "potato": "potatoes",
         "tomato": "tomatoes", "scarf": "scarves", "die": "dice", "cactus": "cacti", "octopus": "octopuses",
-        "spacecraft": "spacecraft", "salmon": "salmon", "policeman": "policemen", "fireman": "firemen", "snowman": "snowmen",
+        "spacecraft": "spacecraft", "salmon": "salmon", "policeman": "policemen", "fireman": "firemen",
+        "snowman": "snowmen",
     }  # fmt: skip
     if last in irregular:
         end = irregular[last]

@@ -1,4 +1,4 @@
-"""What is asked about one collected picture: its name in three languages, kind, colour, caption. Scenes are `questions.py`'s."""
+"""What is asked about one collected picture: name in three languages, kind, colour, caption. Scenes: `questions.py`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,24 @@ from internvl.data.names import plural, with_article
 from internvl.data.questions import Asked, pick
 from internvl.data.scenes import lay_ground
 
-_NAMING = ("What is this?", "What is shown in the picture?", "Name the object.", "What is in the picture?", "What do you see?",
+_NAMING = ("What is this?", "What is shown in the picture?", "Name the object.", "What is in the picture?",
+           "What do you see?",
            "What is it?", "what is this", "Name what you see.", "What object is this?", "What does the image show?",
            "Can you tell me what this is?", "Identify the object in the image.")  # fmt: skip
 _FRENCH = ("Qu'est-ce que c'est ?", "Que voit-on sur l'image ?", "Qu'est-ce qu'on voit ?", "Nomme cet objet.")
 _CHINESE = ("这是什么？", "图中是什么？", "图片里有什么？", "请说出图中的东西。")
-_CAPTION = ("Describe the picture.", "Describe the image.", "Write a caption for the picture.", "Give a short caption.",
-            "Please describe this image shortly.", "Caption this image.", "describe it", "What is the picture about?")  # fmt: skip
+_CAPTION = ("Describe the picture.", "Describe the image.", "Write a caption for the picture.",
+            "Give a short caption.",
+            "Please describe this image shortly.", "Caption this image.", "describe it",
+            "What is the picture about?")  # fmt: skip
 _LONG = ("Tell me about the picture.", "Describe the picture in detail.", "What do you know about this?",
          "Please describe the image in detail.", "Tell me something about what is shown.")  # fmt: skip
+_KINDS = (
+    "Is this an animal, a plant, food, a person or an object?",
+    "What kind of thing is this: animal, plant, food, person or object?",
+    "Animal, plant, food, person or object?",
+    "Which category does it belong to: animal, plant, food, person, object?",
+)
 _CATEGORIES = ("animal", "plant", "food", "person", "object")
 FULL = 0.95
 """Largest share of the canvas that a cut-out takes."""
@@ -29,12 +38,18 @@ def show(library: Library, entry: Entry, generator: np.random.Generator, plain: 
     if not entry.cutout:
         return _jitter(library.original(entry).convert("RGB"), generator, 0.0 if plain else 0.12)
     patch = library.original(entry).convert("RGBA")
-    canvas = Image.new("RGB", _square(generator), "white") if plain or generator.random() < 0.4 else lay_ground(library, generator, True, False)[0]
+    canvas = (
+        Image.new("RGB", _square(generator), "white")
+        if plain or generator.random() < 0.4
+        else lay_ground(library, generator, True, 0.15)[0]
+    )
     share = FULL if plain else generator.uniform(0.55, FULL)
     if not plain and generator.random() < 0.4:
         patch = patch.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     scale = share * min(canvas.width / patch.width, canvas.height / patch.height)
-    patch = patch.resize((max(1, int(patch.width * scale)), max(1, int(patch.height * scale))), Image.Resampling.BICUBIC)
+    patch = patch.resize(
+        (max(1, int(patch.width * scale)), max(1, int(patch.height * scale))), Image.Resampling.BICUBIC
+    )
     free = canvas.width - patch.width, canvas.height - patch.height
     place = (free[0] // 2, free[1] // 2) if plain else tuple(int(generator.integers(0, side + 1)) for side in free)
     canvas.paste(patch, (place[0], place[1]), patch)
@@ -109,9 +124,7 @@ def caption_of(entry: Entry) -> str:
 def category(library: Library, entry: Entry, generator: np.random.Generator) -> Asked | None:
     if entry.group_kind not in _CATEGORIES:
         return None
-    text = pick(("Is this an animal, a plant, food, a person or an object?", "What kind of thing is this: animal, plant, food, person or object?",
-                 "Animal, plant, food, person or object?", "Which category does it belong to: animal, plant, food, person, object?"),
-                generator)  # fmt: skip
+    text = pick(_KINDS, generator)
     return Asked("category", text, entry.group_kind)
 
 
@@ -130,7 +143,8 @@ def yesno(library: Library, entry: Entry, generator: np.random.Generator) -> Ask
         if alike or entry.background or (other and other[0].is_also(entry.head)):
             return None
     one = with_article(head)
-    text = pick((f"Is this {one}?", f"Is there {one} in the picture?", f"Does the picture show {one}?", f"Can you see {one}?",
+    text = pick((f"Is this {one}?", f"Is there {one} in the picture?", f"Does the picture show {one}?",
+                 f"Can you see {one}?",
                  f"Is it {one}?", f"Are there any {plural(head)} in the image?", f"Does this look like {one}?",
                  f"is there {one} in the image?"), generator)  # fmt: skip
     return Asked("picture_yesno", text, "yes" if truth else "no")
@@ -139,11 +153,19 @@ def yesno(library: Library, entry: Entry, generator: np.random.Generator) -> Ask
 def colour(library: Library, entry: Entry, generator: np.random.Generator) -> Asked | None:
     if not entry.colour or not entry.single:
         return None
-    text = pick((f"What color is the {entry.head}?", f"What is the colour of the {entry.head}?", f"Which color is it?",
+    text = pick((f"What color is the {entry.head}?", f"What is the colour of the {entry.head}?", "Which color is it?",
                  f"What color is this {entry.head}?"), generator)  # fmt: skip
     return Asked("picture_colour", text, entry.colour)
 
 
-_MAKERS = {"naming": naming, "yesno": yesno, "category": category, "colour": colour, "caption": caption, "fr": french, "zh": chinese}
+_MAKERS = {
+    "naming": naming,
+    "yesno": yesno,
+    "category": category,
+    "colour": colour,
+    "caption": caption,
+    "fr": french,
+    "zh": chinese,
+}
 _ORDER = tuple(_MAKERS)
 _SHARES = {"naming": 0.75, "yesno": 0.4, "category": 0.15, "colour": 0.35, "caption": 0.4, "fr": 0.1, "zh": 0.1}

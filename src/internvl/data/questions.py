@@ -14,6 +14,7 @@ import numpy as np
 from internvl.data import colours
 from internvl.data.library import Library
 from internvl.data.names import plural, with_article
+from internvl.data.packaged.common import set_of
 from internvl.data.scenes import SHAPES, Box, Scene, Thing
 
 Task = str
@@ -24,11 +25,11 @@ NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 MARGIN, STEEPNESS = 0.15, 1.5
 """Centres lie clearly beside each other: this share of the side apart, and that much more than across."""
-_SCENERY = frozenset(
-    "building house tower tree sky cloud person man woman people flower plant leaf grass car water windmill castle temple "
-    "monument statue mountain road bridge boat flag window gate dome church palace bird sun fence rock stone wall door "
-    "stairs lamp cathedral fort fountain hill river lake sea pyramid arch bush garden home roof column bug ladybug pole "
-    "insect beetle ladybeetle street crane ship fan wheel panel".split()
+_SCENERY = set_of(
+    "building house tower tree sky cloud person man woman people flower plant leaf grass car water windmill "
+    "castle temple monument statue mountain road bridge boat flag window gate dome church palace bird sun "
+    "fence rock stone wall door stairs lamp cathedral fort fountain hill river lake sea pyramid arch bush "
+    "garden home roof column bug ladybug pole insect beetle ladybeetle street crane ship fan wheel panel"
 )
 """What a photo in the background may show by itself: never asked for in vain there."""
 _BODY = ("person", "body part")
@@ -60,8 +61,8 @@ def conversation(scene: Scene, library: Library, generator: np.random.Generator)
     for _ in range(3 * number):
         task = tasks[int(generator.choice(len(tasks), p=np.array(shares) / sum(shares)))]
         made = ask(scene, library, generator, task)
-        if made is not None and made.question not in asked:
-            asked[made.question] = made
+        if made is not None:
+            asked.setdefault(f"{made.task} {made.answer}", made)  # the same fact is not asked twice
         if len(asked) == number:
             break
     return list(asked.values())
@@ -110,7 +111,11 @@ def _absent(scene: Scene, library: Library, generator: np.random.Generator) -> s
     present = scene.things[int(generator.integers(len(scene.things)))]
     kinds = {t.entry.group_kind for t in scene.things if t.entry}
     for _ in range(12):
-        kind = present.entry.group_kind if present.entry and generator.random() < 0.5 else pick(sorted(library.heads_of_kind), generator)
+        kind = (
+            present.entry.group_kind
+            if present.entry and generator.random() < 0.5
+            else pick(sorted(library.heads_of_kind), generator)
+        )
         head = pick(library.heads_of_kind[kind], generator)
         if kind in _BODY and kinds & set(_BODY):
             continue
@@ -159,8 +164,10 @@ def colour(scene: Scene, library: Library, generator: np.random.Generator) -> As
                      f"What is the shape of the {thing.colour} object?"), generator)  # fmt: skip
         return Asked("scenes_shape", _lower(text, generator), noun)
     hue = pick(("color", "colour"), generator)
-    text = pick((f"What {hue} is the {noun}?", f"What is the {hue} of the {noun}?", f"Which {hue} does the {noun} have?",
-                 f"What {hue} is the {noun} in the picture?", f"Name the {hue} of the {noun}.", f"Tell me the {hue} of the {noun}.",
+    text = pick((f"What {hue} is the {noun}?", f"What is the {hue} of the {noun}?",
+                 f"Which {hue} does the {noun} have?",
+                 f"What {hue} is the {noun} in the picture?", f"Name the {hue} of the {noun}.",
+                 f"Tell me the {hue} of the {noun}.",
                  f"The {noun} is what {hue}?", f"Which {hue} is the {noun}?"), generator)  # fmt: skip
     return Asked("scenes_colour", _lower(text, generator), str(thing.colour))
 
@@ -170,7 +177,8 @@ def count(scene: Scene, library: Library, generator: np.random.Generator) -> Ask
     if noun is None:
         return None
     many = plural(noun)
-    text = pick((f"How many {many} are there?", f"How many {many} are in the picture?", f"How many {many} can you see?",
+    text = pick((f"How many {many} are there?", f"How many {many} are in the picture?",
+                 f"How many {many} can you see?",
                  f"Count the {many}.", f"What is the number of {many}?", f"How many {many} does the image show?",
                  f"Tell me how many {many} there are.", f"How many {many} are shown here?"), generator)  # fmt: skip
     return Asked("scenes_count", _lower(text, generator), str(number))
@@ -204,6 +212,7 @@ def position(scene: Scene, library: Library, generator: np.random.Generator) -> 
         truth = generator.random() < 0.5
         asked = beside if truth else (f"to the {OPPOSITE[side]} of" if side in ("left", "right") else OPPOSITE[side])
         return Asked("scenes_position_yesno", _lower(f"Is {a} {asked} {b}?", generator), "yes" if truth else "no")
+    forms: tuple[str, ...]
     if side in ("left", "right"):
         forms = (f"Is {a} to the left or to the right of {b}?", f"Is {a} left or right of {b}?",
                  f"On which side of {b} is {a}, left or right?")  # fmt: skip
@@ -247,7 +256,9 @@ def box(scene: Scene, library: Library, generator: np.random.Generator, single: 
     listed = ", ".join(f"[{a}, {b}, {c}, {d}]" for a, b, c, d in boxes)
     referred = noun if len(boxes) == 1 else plural(noun)
     # the wording of InternVL's own grounding evaluation for half of the questions
-    official = f"Please provide the bounding box coordinate of the region this sentence describes: <ref>the {referred}</ref>"
+    official = (
+        f"Please provide the bounding box coordinate of the region this sentence describes: <ref>the {referred}</ref>"
+    )
     text = official if generator.random() < 0.5 else _lower(pick((
         f"Where is the {noun}?" if len(boxes) == 1 else f"Where are the {referred}?", f"Locate the {referred}.",
         f"Find the {referred} in the picture.", f"Give the bounding box of the {referred}.",
@@ -267,7 +278,10 @@ def region(scene: Scene, library: Library, generator: np.random.Generator) -> As
 
 
 def caption(scene: Scene, library: Library, generator: np.random.Generator) -> Asked:
-    parts = [with_article(noun) if len(group) == 1 else f"{NUMBERS[len(group)]} {plural(noun)}" for noun, group in scene.groups().items()]
+    parts = [
+        with_article(noun) if len(group) == 1 else f"{NUMBERS[len(group)]} {plural(noun)}"
+        for noun, group in scene.groups().items()
+    ]
     text = pick(("Describe the picture.", "Describe the image.", "What does the picture show?", "What do you see?",
                  "What is in the picture?", "Please describe this image shortly.", "Write a caption for the picture.",
                  "List what you see in the image.", "What can be seen here?"), generator)  # fmt: skip
@@ -291,7 +305,8 @@ MAKERS: dict[Task, Callable[[Scene, Library, np.random.Generator], Asked | None]
     "caption": caption, "beside": beside,
 }  # fmt: skip
 _SHARES = {
-    "mixed": {"yesno": 0.2, "colour": 0.04, "count": 0.07, "position": 0.21, "box": 0.23, "region": 0.07, "caption": 0.13, "beside": 0.05},
+    "mixed": {"yesno": 0.2, "colour": 0.04, "count": 0.07, "position": 0.21, "box": 0.23, "region": 0.07,
+    "caption": 0.13, "beside": 0.05},
     "count": {"yesno": 0.14, "count": 0.5, "box": 0.14, "region": 0.04, "caption": 0.18},
     "shapes": {"yesno": 0.17, "colour": 0.21, "count": 0.21, "position": 0.17, "box": 0.14, "caption": 0.1},
     "colour": {"yesno": 0.1, "colour": 0.55, "position": 0.1, "box": 0.15, "caption": 0.1},

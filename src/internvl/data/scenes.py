@@ -20,7 +20,7 @@ KINDS: tuple[tuple[Kind, float], ...] = (("mixed", 0.40), ("count", 0.26), ("sha
 SHAPES = ("circle", "square", "triangle", "rectangle", "star", "heart", "diamond", "hexagon", "cross", "ring")
 _LARGEST = {1: 0.85, 2: 0.55, 3: 0.46, 4: 0.42, 5: 0.38, 6: 0.34, 7: 0.32, 8: 0.3}
 """Longest side of an object as a share of the canvas, by number of objects."""
-_SMALLEST = 0.16
+_SMALLEST = 0.2
 MAX_HIDDEN = 0.12
 """Share of an object's box that another may cover: at least 88 % stay visible."""
 ALPHA = 100
@@ -69,11 +69,13 @@ class Scene:
         return found
 
 
-def compose(library: Library, generator: np.random.Generator, kind: Kind | None = None, small: bool | None = None) -> Scene:
+def compose(
+    library: Library, generator: np.random.Generator, kind: Kind | None = None, small: bool | None = None
+) -> Scene:
     """One scene; `kind` and size are drawn where not given."""
     names, shares = zip(*KINDS, strict=True)
     kind = kind or names[int(generator.choice(len(names), p=shares))]
-    canvas, ground, pictures = lay_ground(library, generator, small, plain=kind == "shapes")
+    canvas, ground, pictures = lay_ground(library, generator, small, 0.25 if kind == "shapes" else 0.5)
     scene = Scene(canvas, [], kind, ground, pictures)
     for patch, thing in _cast(library, generator, kind, canvas):
         _place(scene, patch, thing, generator)
@@ -88,10 +90,12 @@ def _size(generator: np.random.Generator, small: bool | None) -> tuple[int, int]
     return (longest, round(longest / aspect)) if aspect > 1 else (round(longest * aspect), longest)
 
 
-def lay_ground(library: Library, generator: np.random.Generator, small: bool | None, plain: bool) -> tuple[Image.Image, str, list[str]]:
+def lay_ground(
+    library: Library, generator: np.random.Generator, small: bool | None, photos: float
+) -> tuple[Image.Image, str, list[str]]:
     size = _size(generator, small)
     draw = generator.random()
-    if draw < (0.25 if plain else 0.5) and library.backgrounds:
+    if draw < photos and library.backgrounds:
         entry = library.backgrounds[int(generator.integers(len(library.backgrounds)))]
         return crop_photo(library.picture(entry), size, generator), "photo", [entry.id]
     if draw < 0.8:
@@ -116,7 +120,9 @@ def crop_photo(photo: Image.Image, size: tuple[int, int], generator: np.random.G
     return crop.point([min(255, int(v * gain)) for v in range(256)] * 3)
 
 
-def _cast(library: Library, generator: np.random.Generator, kind: Kind, canvas: Image.Image) -> list[tuple[Image.Image, Thing]]:
+def _cast(
+    library: Library, generator: np.random.Generator, kind: Kind, canvas: Image.Image
+) -> list[tuple[Image.Image, Thing]]:
     """What stands in the scene, with the picture of each, unplaced."""
     if kind == "shapes":
         return _shapes(generator, canvas)
@@ -165,7 +171,9 @@ def _crowd(library: Library, generator: np.random.Generator) -> list[tuple[Image
         cast.append((patch, Thing(heads[0], thing.name if not vary else heads[0], thing.box, thing.colour, entry)))
     cast += [_take(library, library.cutouts[head][0], generator) for head in heads[1:]]
     second = generator.random() < 0.3 and len(heads) > 1  # a second kind that repeats
-    return cast + [_take(library, library.cutouts[heads[1]][0], generator) for _ in range(int(generator.integers(1, 3)) * second)]
+    return cast + [
+        _take(library, library.cutouts[heads[1]][0], generator) for _ in range(int(generator.integers(1, 3)) * second)
+    ]
 
 
 def _take(library: Library, entry: Entry, generator: np.random.Generator) -> tuple[Image.Image, Thing]:
@@ -179,7 +187,8 @@ def _shapes(generator: np.random.Generator, canvas: Image.Image) -> list[tuple[I
     number = int(generator.choice([1, 2, 3, 4, 5, 6], p=[0.14, 0.26, 0.24, 0.18, 0.12, 0.06]))
     ground = np.asarray(canvas.resize((8, 8), Image.Resampling.BOX), np.float32).reshape(-1, 3)
     alike = generator.random() < 0.35
-    shape, cast, seen = _pick(SHAPES, generator), [], set()
+    shape, seen = _pick(SHAPES, generator), set()
+    cast: list[tuple[Image.Image, Thing]] = []
     for _ in range(4 * number):
         if len(cast) == number:
             break
@@ -223,9 +232,9 @@ def draw_shape(shape: str, rgb: tuple[int, int, int], generator: np.random.Gener
 
 def _outline(shape: str) -> list[tuple[float, float]]:
     if shape == "triangle":
-        return [(0, -0.95), (1, 0.85), (-1, 0.85)]
+        return [(0.0, -0.95), (1.0, 0.85), (-1.0, 0.85)]
     if shape == "diamond":
-        return [(0, -1), (0.72, 0), (0, 1), (-0.72, 0)]
+        return [(0.0, -1.0), (0.72, 0.0), (0.0, 1.0), (-0.72, 0.0)]
     if shape == "heart":
         turns = np.linspace(0, 2 * np.pi, 60)
         height = 13 * np.cos(turns) - 5 * np.cos(2 * turns) - 2 * np.cos(3 * turns) - np.cos(4 * turns)
@@ -256,12 +265,23 @@ def _place(scene: Scene, patch: Image.Image, thing: Thing, generator: np.random.
         box = small.getchannel("A").point([0] * ALPHA + [255] * (256 - ALPHA)).getbbox()
         if box is None:
             return
+        if not _stands_out(small, scene.image.crop((left, top, left + size[0], top + size[1]))):
+            continue
         scene.image.paste(small, (left, top), small)
         thing.box = (left + box[0], top + box[1], left + box[2], top + box[3])
         scene.things.append(thing)
         if thing.entry:
             scene.pictures.append(thing.entry.id)
         return
+
+
+def _stands_out(patch: Image.Image, behind: Image.Image, least: float = 38) -> bool:
+    """Whether patch and ground differ in colour, taken over a coarse grid: no dark mug on a dark ground."""
+    coarse = np.asarray(patch.resize((6, 6), Image.Resampling.BOX), np.float32)
+    ground = np.asarray(behind.resize((6, 6), Image.Resampling.BOX), np.float32)
+    opaque = coarse[..., 3] / 255
+    distance = np.linalg.norm(coarse[..., :3] - ground, axis=-1)
+    return float((distance * opaque).sum() / max(opaque.sum(), 1e-3)) >= least
 
 
 def _free(box: Box, others: list[Thing]) -> bool:

@@ -22,7 +22,8 @@ CONTRAST = 95
 """Least distance in luminance between ink and ground, of 255."""
 Sort = Literal["word", "number", "letters", "line"]
 _SORTS: tuple[tuple[Sort, float], ...] = (("word", 0.7), ("number", 0.1), ("letters", 0.1), ("line", 0.1))
-_QUESTIONS = ("What word is written here?", "Read the text.", "What does the text say?", "What is written in the picture?",
+_QUESTIONS = ("What word is written here?", "Read the text.", "What does the text say?",
+              "What is written in the picture?",
               "Read the word.", "Which word do you see?", "Please read the text in the image.", "What text is shown?",
               "what does it say?", "Transcribe the text.")  # fmt: skip
 
@@ -58,7 +59,11 @@ def text_for(folder: Path, split: Split, generator: np.random.Generator, sort: S
         case = int(generator.integers(3))
         words = [pick(vocabulary(folder, split), generator) for _ in range(int(generator.integers(2, 4)))]
         return " ".join(words) if case else " ".join(words).upper()
-    alphabet = string.digits if sort == "number" else (string.ascii_uppercase if generator.random() < 0.5 else string.ascii_lowercase)
+    alphabet = (
+        string.digits
+        if sort == "number"
+        else (string.ascii_uppercase if generator.random() < 0.5 else string.ascii_lowercase)
+    )
     while True:  # a side of the split holds 12 or 88 percent of all strings
         length = int(generator.integers(2, 6))
         text = "".join(pick(list(alphabet), generator) for _ in range(length))
@@ -84,7 +89,9 @@ def render(library: Library, text: str, generator: np.random.Generator) -> Image
         layer = layer.rotate(generator.uniform(-9, 9), Image.Resampling.BICUBIC, expand=True)
     scale = min(1.0, 0.96 * size[0] / layer.width, 0.96 * size[1] / layer.height)
     if scale < 1:
-        layer = layer.resize((max(1, int(layer.width * scale)), max(1, int(layer.height * scale))), Image.Resampling.LANCZOS)
+        layer = layer.resize(
+            (max(1, int(layer.width * scale)), max(1, int(layer.height * scale))), Image.Resampling.LANCZOS
+        )
     place = (
         int(generator.integers(0, size[0] - layer.width + 1)),
         int(generator.integers(0, size[1] - layer.height + 1)),

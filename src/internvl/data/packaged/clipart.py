@@ -13,9 +13,11 @@ _KEPT = ("animals", "buildings", "computer/hardware", "containers", "decorations
          "geography/astronomy", "office", "people", "plants", "recreation", "science", "signs_and_symbols/weather",
          "signs_and_symbols/clocks", "signs_and_symbols/hazard", "tools", "transportation", "unsorted")  # fmt: skip
 _SKIPPED = ("recreation/games/cards", "transportation/aiga-symbols", "transportation/roadsigns", "people/stickmen",
-            "recreation/religion", "people/clothing/pantyhose", "unsorted/duplicates", "tools/weapons/hand")  # fmt: skip
+            "recreation/religion", "people/clothing/pantyhose", "unsorted/duplicates",
+            "tools/weapons/hand")  # fmt: skip
 _ITALIAN = re.compile(r"archit|_archi?_|_arc?_\d|_a_\d|francesc", re.I)
 """Marks in file names of an author whose titles are Italian."""
+_VARIANT = re.compile(r"_?(?:bw|b_and_w|outline)(?=_|$)|[-_]*[0-9]*$")
 _EMPTY = re.compile(r"clip ?arts?\b.*\bby\b|various|untitled|svg|collection|submission|^\W*$", re.I)
 
 
@@ -28,6 +30,8 @@ def read(pictures: Path, words: Path) -> Iterator[Found]:
         if not kept or not source.is_file():
             continue
         svg = source.read_text(encoding="utf-8", errors="replace")
+        if re.search(r'<image[^>]*href="(?!data:)', svg):  # drawn with a picture that was not at hand
+            continue
         title = _tag(svg, "dc:title")
         if not title or _EMPTY.search(title):
             title = path.stem  # some series carry one title for all; the file's name is the better one
@@ -43,7 +47,7 @@ def read(pictures: Path, words: Path) -> Iterator[Found]:
             captions=(description,) if description and len(description.split()) > 4 else (),
             keywords=tuple(k for k in dict.fromkeys(keywords) if k and k not in ("unsorted", "hash")),
             category=folder.split("/")[0],
-            series=f"openclipart/{folder}/{re.sub(r'[-_]*[0-9]*$', '', re.sub(r'_?(bw|b_and_w|outline)_?', '_', stem))}",
+            series=f"openclipart/{folder}/{_VARIANT.sub('', stem)}",
         )
 
 

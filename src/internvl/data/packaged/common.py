@@ -9,6 +9,11 @@ from typing import Literal
 Kind = Literal["photo", "drawing", "symbol", "background"]
 
 
+def set_of(words: str) -> frozenset[str]:
+    """The words of a text: a table of words that stays readable."""
+    return frozenset(words.split())
+
+
 @dataclass(frozen=True)
 class Found:
     data: bytes

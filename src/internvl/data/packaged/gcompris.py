@@ -9,11 +9,11 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from internvl.data.packaged.common import Found
+from internvl.data.packaged.common import Found, set_of
 
 _LANG = "gcompris/src/activities/lang/resource/"
 _ABSTRACT_LESSONS = ("color", "number", "verb", "adjective")
-_RELATIVES = frozenset("brother sister son friend family dad child".split())
+_RELATIVES = set_of("brother sister son friend family dad child")
 _BOARD = {"explore_monuments": "monument", "explore_world_animals": "animal", "explore_farm_animals": "animal"}
 
 

