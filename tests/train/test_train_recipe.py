@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from internvl.commands.train import main
 from internvl.data.images import normalise
 from internvl.load import load_checkpoint
+from internvl.pocket import merge
 from internvl.train.loop import train
 from internvl.train.recipes import find_recipe, tiny
 from internvl.train.run import Part, RunConfig, Schedule, Tokens, to_json
@@ -164,11 +165,31 @@ def test_parts_hold_what_learned(inputs: Path, tmp_path: Path) -> None:
         "language/adapter_model.safetensors",
         "vision/adapter_model.safetensors",
     ]
-    before, after = load_checkpoint(inputs / "model").model, load_checkpoint(tmp_path / "model").model
-    connector = load_file(parts / "connector.safetensors")
-    assert all(torch.equal(value, connector[name]) for name, value in after.connector.state_dict().items())
-    assert torch.equal(before.vision.layers[0].norm1.weight, after.vision.layers[0].norm1.weight)
-    assert not torch.equal(before.vision.layers[0].mlp.fc1.weight, after.vision.layers[0].mlp.fc1.weight)
+    before, after = (load_file(folder / "model" / "model.safetensors") for folder in (inputs, tmp_path))
+    moved = {name for name, value in after.items() if not torch.equal(before[name], value)}
+    assert any(".encoder.layers.2.mlp.fc1" in name for name in moved)
+    assert not any("norm" in name or "layernorm" in name for name in moved)
+
+
+def test_base_and_parts_make_the_trained_model(inputs: Path, tmp_path: Path) -> None:
+    """As `pocket` is assembled: connector, rows, then the adapters in fp32."""
+    run = tiny_run(inputs, tmp_path, **LEARNING["lora"])
+    run_here(run)
+    parts = tmp_path / "parts"
+    state = load_file(inputs / "model" / "model.safetensors")
+    names = {"norm": "mlp1.0", "fc1": "mlp1.1", "fc2": "mlp1.3"}
+    for name, value in load_file(parts / "connector.safetensors").items():
+        module, leaf = name.split(".")
+        state[f"{names[module]}.{leaf}"] = value
+    rows = load_file(parts / "embeddings.safetensors")
+    state["language_model.model.embed_tokens.weight"][-9:] = rows["input"]
+    state["language_model.lm_head.weight"][-9:] = rows["output"]
+    merge(state, parts / "language", "language_model.")
+    merge(state, parts / "vision", "vision_model.")
+    trained = load_file(tmp_path / "model" / "model.safetensors")
+    assert state.keys() == trained.keys()
+    for name, value in trained.items():
+        torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_pictures_are_learned(inputs: Path, tmp_path: Path) -> None:
