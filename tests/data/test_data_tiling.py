@@ -13,6 +13,7 @@ from PIL import Image
 
 import internvl
 from internvl.data import resize
+from internvl.data import threads as data_threads
 from internvl.data.tiling import _grids, choose_grid, count_tiles, cut, join, tile
 
 side = st.integers(1, 300)
@@ -122,7 +123,7 @@ def _two_threads() -> Iterator[None]:
 @pytest.mark.parametrize("size", [(600, 403), (403, 600), (1, 700), (700, 1), (500, 112), (112, 500), (448, 224)])
 @pytest.mark.parametrize("threads", [2, 3, 5])
 def test_threads_give_the_same_bytes(size: tuple[int, int], threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resize, "_WORTH_THREADS", 0)
+    monkeypatch.setattr(data_threads, "_WORTH_THREADS", 0)
     image = noise(*size)
     torch.set_num_threads(threads)
     for width, height in ((112, 112), (336, 224), (224, 448)):

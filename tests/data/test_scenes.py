@@ -47,7 +47,8 @@ def _row(
     return {
         "id": name, "file": f"pictures/{name}.webp", "source": "test", "kind": "drawing", "title": head, "name": head,
         "head": head, "accept": [head], "wider": [], "group_kind": "object" if head else "", "names": {},
-        "captions": [], "keywords": [], "category": "", "cutout": cutout, "background": not cutout, "colour": colour, "fill": 0.7,
+        "captions": [], "keywords": [], "category": "", "cutout": cutout, "background": not cutout, "colour": colour,
+        "fill": 0.7,
         "parts": 1, "proper": False, "split": "heldout" if place >= 8 and place % 2 == 0 else "train",
         "name_seen": True, "width": image.width, "height": image.height,
     }  # fmt: skip

@@ -18,6 +18,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from internvl.data.threads import spread, threads_for
+
 Scheme = Literal["imagenet", "clip", "siglip"]
 Source = str | Path | bytes | Image.Image | np.ndarray
 
@@ -216,24 +218,34 @@ def jpeg_augment(
     return torch.from_numpy(out)
 
 
-@lru_cache(maxsize=32)
-def _statistics(scheme: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    if scheme not in STATISTICS:
-        raise ValueError(f"unknown normalisation {scheme!r}; it is one of {', '.join(STATISTICS)}")
+@lru_cache(maxsize=16)
+def _constants(scheme: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Kept on the device: copying them there for every batch would wait for it."""
     mean, deviation = (torch.tensor(values, device=device).view(3, 1, 1) for values in STATISTICS[scheme])
     return mean, deviation
 
 
 def normalise(
     tiles: UInt8[Tensor, "tiles 3 height width"],
-    scheme: Scheme = "imagenet",
+    scheme: str = "imagenet",
     dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "tiles 3 height width"]:
     """uint8 pixels as floats: a 255th, less the mean, over the standard deviation; float32 unless `dtype` says."""
-    mean, deviation = _statistics(scheme, tiles.device)
+    if scheme not in STATISTICS:
+        raise ValueError(f"unknown normalisation {scheme!r}; it is one of {', '.join(STATISTICS)}")
+    mean, deviation = STATISTICS[scheme]
     if tiles.device.type != "cpu":
-        return ((tiles.float() / 255 - mean) / deviation).to(dtype or torch.float32)
-    out = torch.empty(tiles.shape, dtype=dtype or torch.float32)
-    for source, target in zip(tiles, out, strict=True):  # one tile at a time stays in the cache
-        target.copy_(source.float().div_(255).sub_(mean).div_(deviation))
-    return out
+        shift, scale = _constants(scheme, tiles.device)
+        return ((tiles.float() / 255 - shift) / scale).to(dtype or torch.float32)
+    out = torch.empty(tiles.shape)
+    pixels, floats = tiles.numpy(), out.numpy()
+
+    def write(place: tuple[int, ...]) -> None:  # one plane of one tile stays in the cache
+        plane = floats[place]
+        np.copyto(plane, pixels[place])
+        np.divide(plane, np.float32(255), out=plane)
+        np.subtract(plane, np.float32(mean[place[1]]), out=plane)
+        np.divide(plane, np.float32(deviation[place[1]]), out=plane)
+
+    spread(write, np.ndindex(*tiles.shape[:2]), threads_for(tiles.numel()))
+    return out if dtype is None else out.to(dtype)

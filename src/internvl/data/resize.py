@@ -6,23 +6,15 @@ second, so bands of them give what the whole gives. Pillow releases the interpre
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from itertools import pairwise
-from typing import TypeVar
 
 import numpy as np
-import torch
 from jaxtyping import UInt8
 from PIL import Image
 
+from internvl.data.threads import spread, threads_for
+
 BICUBIC = Image.Resampling.BICUBIC
-_WORTH_THREADS = 1 << 17
-"""Pixels, read or made, below which one thread is as fast."""
-_Item = TypeVar("_Item")
-_Made = TypeVar("_Made")
 
 
 def planes(image: Image.Image, width: int, height: int, out: UInt8[np.ndarray, "rows columns 3 side side"]) -> None:
@@ -30,7 +22,7 @@ def planes(image: Image.Image, width: int, height: int, out: UInt8[np.ndarray, "
     if image.mode != "RGB":
         raise ValueError(f"a picture of mode {image.mode}; make it RGB with open_image first")
     side = out.shape[-1]
-    threads = torch.get_num_threads() if image.width * image.height + width * height > _WORTH_THREADS else 1
+    threads = threads_for(image.width * image.height + width * height)
     if threads == 1 or image.size == (width, height):
         whole = image if image.size == (width, height) else image.resize((width, height), BICUBIC)
         for channel, plane in enumerate(whole.split()):
@@ -53,7 +45,7 @@ def planes(image: Image.Image, width: int, height: int, out: UInt8[np.ndarray, "
             for channel, plane in enumerate(band.resize((last - first, height), BICUBIC).split()):
                 out[:, column, channel, :, first:last] = np.asarray(plane).reshape(-1, side, last - first)
 
-    _each(write, edges, threads)
+    spread(write, edges, threads)
 
 
 def _rows_resized(image: Image.Image, width: int, threads: int) -> list[Image.Image]:
@@ -66,7 +58,7 @@ def _rows_resized(image: Image.Image, width: int, threads: int) -> list[Image.Im
     def resize(band: tuple[int, int]) -> Image.Image:
         return image.crop((0, band[0], image.width, band[1])).resize((width, band[1] - band[0]), BICUBIC)
 
-    return _each(resize, bands, threads)
+    return spread(resize, bands, threads)
 
 
 def _columns(bands: list[Image.Image], left: int, right: int) -> Image.Image:
@@ -80,13 +72,3 @@ def _columns(bands: list[Image.Image], left: int, right: int) -> Image.Image:
         joined.paste(band.crop((left, 0, right, band.height)), (0, top))
         top += band.height
     return joined
-
-
-def _each(work: Callable[[_Item], _Made], items: Iterable[_Item], threads: int) -> list[_Made]:
-    return [work(item) for item in items] if threads == 1 else list(_pool(os.getpid(), threads).map(work, items))
-
-
-@lru_cache(maxsize=4)
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """One pool a process: the threads of a parent do not live on in a fork."""
-    return ThreadPoolExecutor(threads, thread_name_prefix=f"resize-{process}")
