@@ -73,8 +73,12 @@ def save_checkpoint(model: ChatModel, tokenizer: Any, out: str | Path, layout: s
         settings = native.to_native(model.config, model.image_token_id)
     else:
         settings = official.to_official(model.config)
-    folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
+    if any(".lora_" in key for key in state):
+        raise ValueError(
+            "the model has adapters; merge them with internvl.models.adapters.merge before saving it whole"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
     entries = expand(_rules(model.config, layout), state)
     readers = {key: (entry, index) for entry in entries for index, key in enumerate(entry.disk)}
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}

@@ -1,11 +1,11 @@
-"""LoRA through peft, part by part: where adapters go, merge, and the folders that peft reads and writes.
+"""LoRA adapters by peft: where they go, saving and loading in peft's layout, merging into plain weights.
 
-On disk names are those of the official modules, so that peft puts the folders onto an official or a transformers model.
+Module names on disk are the official ones, so an adapter also fits the official vision and language models.
 """
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,130 +16,175 @@ from torch import Tensor, nn
 
 from internvl.models.chat import ChatModel
 
-ADAPTER = "default"
-DISK_PREFIX = "base_model.model."
+VISION = ("attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2")
+LLAMA = tuple(f"self_attn.{x}_proj" for x in "qkvo") + tuple(f"mlp.{x}_proj" for x in ("gate", "up", "down"))
+PHI3 = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+"""The official targets (wrap_backbone_lora and wrap_llm_lora in modeling_internvl_chat.py)."""
 
-# Official wrap_backbone_lora and wrap_llm_lora; InternLM2 runs as Llama here, so its fused wqkv is q, k and v.
-VISION_TARGETS = ("attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2")
-SPLIT_TARGETS = tuple(f"self_attn.{x}_proj" for x in "qkvo") + tuple(f"mlp.{x}_proj" for x in ("gate", "up", "down"))
-FUSED_TARGETS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-
-VISION_NAMES = (("layers.", "encoder.layers."), (".attention.", ".attn."))
-"""Ours -> official, inside the vision part."""
-
-
-def targets(model: ChatModel, part: str) -> tuple[str, ...]:
-    """Ends of the names of the linear layers that get an adapter."""
-    if part == "vision":
-        return VISION_TARGETS
-    if part != "language":
-        raise ValueError(f"part {part!r} takes no adapters; it is vision or language")
-    return FUSED_TARGETS if model.config.language.family == "phi3" else SPLIT_TARGETS
+ROOT = "base_model.model."
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""How far merged outputs may be from adapted ones, as a share of their standard deviation."""
 
 
 def add_adapters(
     model: ChatModel,
     rank: int,
-    alpha: int | None = None,
-    dropout: float = 0.05,
+    alpha: int | float | None = None,
+    dropout: float = 0.0,
     parts: Sequence[str] = ("language", "vision"),
-) -> None:
-    """Put fresh adapters, which change nothing yet, beside every linear layer of the blocks; alpha is 2 x rank."""
-    from peft import inject_adapter_in_model
-
-    for part in parts:
-        module = _module(model, part)
-        if any(True for _ in _layers(module)):
-            raise ValueError(f"the {part} part has adapters already; merge them first")
-        inject_adapter_in_model(_config(model, part, rank, alpha or 2 * rank, dropout), module, ADAPTER)
-        found, depth = sum(1 for _ in _layers(module)), len(_blocks(model, part))
-        if found != depth * len(targets(model, part)):
-            raise ValueError(
-                f"{found} adapters in {depth} {part} blocks; {', '.join(targets(model, part))} should have one each"
-            )
-
-
-def merge(model: ChatModel, parts: Sequence[str] = ("language", "vision")) -> None:
-    """Add every adapter to its layer, in the layer's own type, and take it off."""
-    for part in parts:
-        module = _module(model, part)
-        for name, layer in list(_layers(module)):
-            layer.merge(safe_merge=True)
-            parent, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(parent), leaf, layer.get_base_layer())
-
-
-def save(model: ChatModel, out: str | Path, part: str, dtype: torch.dtype | None = None) -> None:
-    """Write one part's adapters as a peft folder."""
-    folder, tensors = Path(out), dict[str, Tensor]()
-    layers = list(_layers(_module(model, part)))
-    if not layers:
-        raise ValueError(f"the {part} part has no adapters to save; call add_adapters first")
-    for name, layer in layers:
-        for matrix in ("lora_A", "lora_B"):
-            weight = getattr(layer, matrix)[ADAPTER].weight.detach().cpu()
-            tensors[f"{DISK_PREFIX}{_to_disk(name, part)}.{matrix}.weight"] = weight.to(
-                dtype or weight.dtype
-            ).contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    first = layers[0][1]
-    config = _config(model, part, first.r[ADAPTER], first.lora_alpha[ADAPTER], _dropout(first))
-    config.target_modules = sorted(_to_disk(end, part) for end in targets(model, part))
-    config.inference_mode = True
-    config.save_pretrained(str(folder))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def load(model: ChatModel, folder: str | Path, part: str, dropout: float = 0.0) -> None:
-    """Add the adapters of a peft folder; every one must find its layer, and every layer its adapter."""
-    settings = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-    tensors = load_file(Path(folder) / "adapter_model.safetensors")
-    add_adapters(model, settings["r"], settings["lora_alpha"], dropout, (part,))
-    expected = {
-        f"{DISK_PREFIX}{_to_disk(name, part)}.{matrix}.weight": getattr(layer, matrix)[ADAPTER].weight
-        for name, layer in _layers(_module(model, part))
-        for matrix in ("lora_A", "lora_B")
-    }
-    if unlike := set(tensors) ^ set(expected):
-        raise ValueError(f"{folder}: {len(unlike)} adapters do not match the {part} part, such as {min(unlike)}")
-    with torch.no_grad():
-        for name, weight in expected.items():
-            if weight.shape != tensors[name].shape:
-                raise ValueError(f"{folder}: {name} is {tuple(tensors[name].shape)}, must be {tuple(weight.shape)}")
-            weight.copy_(tensors[name])
-
-
-def _config(model: ChatModel, part: str, rank: int, alpha: int | float, dropout: float) -> Any:
+) -> int:
+    """Put a low-rank pair beside every target of the parts and freeze the rest of them; returns how many."""
+    if rank < 1:
+        raise ValueError(f"adapter rank {rank} must be at least 1")
     from peft import LoraConfig
 
-    return LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets(model, part)), bias="none"
-    )
+    added = 0
+    for part in parts:
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank if alpha is None else alpha,
+            lora_dropout=dropout,
+            target_modules=list(_targets(model, part)),
+        )
+        added += _inject(model, part, config)
+    return added
+
+
+def save(model: ChatModel, folder: str | Path, part: str) -> None:
+    """Write one part's adapter: adapter_config.json and adapter_model.safetensors."""
+    module, folder = _module(model, part), Path(folder)
+    config = _configs(module).get("default")
+    if config is None:
+        raise ValueError(f"the {part} model has no adapters; add them with add_adapters first")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        ROOT + _official(name.replace(".default.", "."), part): value.detach().cpu().contiguous()
+        for name, value in module.state_dict().items()
+        if ".lora_" in name
+    }
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    ours = config.target_modules
+    config.target_modules = sorted(_official(name, part) for name in ours)
+    config.inference_mode, before = True, config.inference_mode
+    config.save_pretrained(str(folder))
+    config.target_modules, config.inference_mode = ours, before
+
+
+def load(model: ChatModel, folder: str | Path, part: str) -> int:
+    """Put a saved adapter on one part; every key must find its module and every adapted module its keys."""
+    from peft import LoraConfig
+
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name}: not found; an adapter folder holds {CONFIG} and {WEIGHTS}")
+    config = LoraConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig) or not isinstance(config.target_modules, (list, set)):
+        raise ValueError(f"{folder / CONFIG}: must be a LORA adapter with a list of target modules")
+    config.target_modules = {_ours(name, part) for name in config.target_modules}
+    stored = {_ours(key.removeprefix(ROOT), part): value for key, value in load_file(folder / WEIGHTS).items()}
+    count = _inject(model, part, config)
+    own = {n.replace(".default.", "."): p for n, p in _module(model, part).state_dict().items() if ".lora_" in n}
+    wrong = sorted(own.keys() ^ stored.keys()) or [k for k in own if own[k].shape != stored[k].shape]
+    if wrong:
+        raise ValueError(f"{folder / WEIGHTS}: {len(wrong)} keys do not fit the {part} model: {', '.join(wrong[:5])}")
+    for key, value in stored.items():
+        own[key].copy_(value)
+    return count
+
+
+@torch.no_grad()
+def merge(model: ChatModel) -> float:
+    """Fold all adapters into plain weights. Returns the change of the outputs; ValueError where it is not rounding."""
+    layers = list(_adapted(model))
+    if not layers:
+        return 0.0
+    before = _probe(model)
+    for parent, name, layer in layers:
+        layer.merge(safe_merge=True)
+        setattr(parent, name, layer.get_base_layer())
+    for part in ("language", "vision"):
+        vars(_module(model, part)).pop("peft_config", None)
+    change = max(float((old - new).abs().max() / old.std()) for old, new in zip(before, _probe(model), strict=True))
+    limit = TOLERANCE[next(model.parameters()).dtype]
+    if change > limit:
+        raise ValueError(
+            f"merging moved the outputs by {change:.2g} standard deviations, limit {limit}; merge in float32"
+        )
+    return change
+
+
+def _inject(model: ChatModel, part: str, config: Any) -> int:
+    from peft import inject_adapter_in_model
+
+    module = _module(model, part)
+    if any(_adapted(module)):
+        raise ValueError(f"the {part} model has adapters already; merge them first")
+    wanted = {name for name, _ in module.named_modules() for t in config.target_modules if name.endswith(f".{t}")}
+    unmatched = [t for t in config.target_modules if not any(name.endswith(f".{t}") for name in wanted)]
+    if unmatched:
+        raise ValueError(f"no module of the {part} model is called {', '.join(sorted(unmatched))}")
+    inject_adapter_in_model(config, module)
+    count = len(list(_adapted(module)))
+    if count != len(wanted):
+        raise ValueError(f"{len(wanted)} modules of the {part} model are targets but {count} were adapted")
+    return count
+
+
+def _adapted(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Parent, name and layer of everything that peft wrapped."""
+    from peft.tuners.lora import LoraLayer
+
+    for parent in module.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, LoraLayer):
+                yield parent, name, child
+
+
+def _configs(module: nn.Module) -> dict[str, Any]:
+    """peft's configs by adapter name, kept on the module that was injected."""
+    found = vars(module).get("peft_config")
+    return found if isinstance(found, dict) else {}
+
+
+def _targets(model: ChatModel, part: str) -> tuple[str, ...]:
+    _module(model, part)
+    if part == "vision":
+        return VISION
+    return PHI3 if model.config.language.family == "phi3" else LLAMA
 
 
 def _module(model: ChatModel, part: str) -> nn.Module:
-    """What peft sees as the model of a part."""
-    targets(model, part)
-    module: nn.Module = model.vision if part == "vision" else model.language.model
-    return module
-
-
-def _blocks(model: ChatModel, part: str) -> Any:
-    return model.vision.layers if part == "vision" else model.language.model.model.layers
-
-
-def _layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    from peft.tuners.lora import LoraLayer
-
-    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer))
-
-
-def _dropout(layer: Any) -> float:
-    return float(getattr(layer.lora_dropout[ADAPTER], "p", 0.0))
-
-
-def _to_disk(name: str, part: str) -> str:
     if part == "vision":
-        for ours, official in VISION_NAMES:
-            name = f".{name}".replace(f".{ours.lstrip('.')}", f".{official.lstrip('.')}").removeprefix(".")
-    return name
+        return model.vision
+    if part == "language":
+        inner: nn.Module = model.language.model
+        return inner
+    raise ValueError(f"part {part!r} takes no adapters; it is language or vision")
+
+
+def _official(name: str, part: str) -> str:
+    if part != "vision":
+        return name
+    return re.sub(r"^layers\.", "encoder.layers.", name).replace("attention.", "attn.")
+
+
+def _ours(name: str, part: str) -> str:
+    if part != "vision":
+        return name
+    return name.removeprefix("encoder.").replace("attn.", "attention.")
+
+
+def _probe(model: ChatModel) -> list[Tensor]:
+    """Logits of a fixed text and tokens of a fixed tile, in evaluation mode."""
+    training, parameter = model.training, next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.language.vocab_size, (1, 16), generator=generator).to(parameter.device)
+    side = model.config.tile_size
+    tile = torch.randn(1, 3, side, side, generator=generator).to(parameter.device, parameter.dtype)
+    model.eval()
+    logits = model.language.head(model.language(model.language.embed(ids)))
+    out = [logits.float(), model.encode_tiles(tile).float()]
+    model.train(training)
+    return out

@@ -91,7 +91,7 @@ def _one_in_float32(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     scores = rows_by_matrix(columns, k.reshape(-1, head_width), groups=heads)
     weights = scores.unflatten(1, (heads, keys)).softmax(-1).flatten(1)
     out = rows_by_matrix(weights, v.transpose(1, 2).reshape(-1, keys), groups=heads)
-    return out.unflatten(1, (heads, -1)).transpose(0, 1)
+    return torch.unflatten(out, 1, (heads, -1)).transpose(0, 1)
 
 
 def _one_in_bfloat16(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -99,5 +99,5 @@ def _one_in_bfloat16(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     largest = scale * q.norm(dim=-1).max().float() * k.norm(dim=-1).max().float()
     if largest > MAX_BARE_EXPONENT:
         return torch.matmul(scores.softmax(-1), v)
-    weights = scores.exp_()  # cannot overflow, so the row maximum need not be found and taken away
+    weights: Tensor = scores.exp_()  # cannot overflow, so the row maximum need not be found and taken away
     return weights @ v / weights.sum(-1, keepdim=True)
