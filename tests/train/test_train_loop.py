@@ -255,7 +255,7 @@ def test_a_loss_that_is_not_a_number_names_step_and_samples(tmp_path: Path) -> N
         return {name: value * float("nan") for name, value in values.items()} if calls[0] == 3 else values
 
     stage.losses = losses  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match=r"step 3: next_token is nan.*4 samples"):
+    with pytest.raises(ValueError, match=r"step 3: next_token is nan.*4 samples.*not_finite\.txt"):
         train(run, stage)
 
 

@@ -216,6 +216,18 @@ def test_the_command_takes_overrides_and_prints_json(inputs: Path, tmp_path: Pat
     assert main(["--run", str(tmp_path / "out")]) == 0
 
 
+def test_a_run_that_stopped_early_can_be_exported(inputs: Path, tmp_path: Path, capsys: Any) -> None:
+    run = tiny_run(inputs, tmp_path, max_minutes=1e-6)
+    assert not run_here(run)[1].finished
+    assert not (tmp_path / "model").exists()
+    assert main(["--run", str(tmp_path), "--export", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 1
+    exported = load_file(tmp_path / "model" / "model.safetensors")
+    assert torch.equal(exported["mlp1.3.bias"], learned(tmp_path, 1)["connector.fc2.bias"])
+    with pytest.raises(ValueError, match="no checkpoint"):
+        main(["--run", str(tmp_path), "--out", str(tmp_path / "nothing"), "--export"])
+
+
 def test_the_list_names_every_recipe(capsys: Any) -> None:
     assert main(["--list"]) == 0
     shown = capsys.readouterr().out

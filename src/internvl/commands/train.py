@@ -18,6 +18,7 @@ USAGE = """usage: internvl train RECIPE [--FIELD VALUE ...]    (internvl train R
   A run whose folder (--out) holds a checkpoint goes on from it; the same settings are needed.
   --resume      insist on a checkpoint to go on from
   --no-resume   refuse one
+  --export      only write the trained model of the latest checkpoint
   --json        the result as JSON on standard output
 """
 
@@ -29,6 +30,7 @@ class Asked:
     recipe: str | None
     run_json: str | None
     resume: bool | None
+    export: bool
     json: bool
     rest: list[str]
 
@@ -62,8 +64,10 @@ def parse(arguments: list[str]) -> Asked:
     if "--resume" in rest and "--no-resume" in rest:
         raise ValueError("--resume and --no-resume exclude each other; give one")
     resume = True if "--resume" in rest else False if "--no-resume" in rest else None
-    words = ("--resume", "--no-resume", "--json")
-    return Asked(recipe, run_json, resume, "--json" in rest, [word for word in rest if word not in words])
+    words = ("--resume", "--no-resume", "--export", "--json")
+    return Asked(
+        recipe, run_json, resume, "--export" in rest, "--json" in rest, [word for word in rest if word not in words]
+    )
 
 
 def configure(asked: Asked) -> RunConfig:
@@ -83,16 +87,19 @@ def configure(asked: Asked) -> RunConfig:
 
 
 def _train(run: RunConfig, asked: Asked) -> int:
-    from internvl.train.loop import check_folder, train
+    from internvl.train.loop import check_folder, export_latest, train
     from internvl.train.stages import open_stage
 
-    check_folder(run, asked.resume)  # before minutes of loading
+    check_folder(run, True if asked.export else asked.resume)  # before minutes of loading
     stage = open_stage(run)
-    result = train(run, stage, evaluators=[stage.evaluate], resume=asked.resume)
+    if asked.export:
+        result = export_latest(run, stage)
+    else:
+        result = train(run, stage, evaluators=[stage.evaluate], resume=asked.resume)
     if asked.json:
         values = {f.name: getattr(result, f.name) for f in fields(result)}
         sys.stdout.write(json.dumps({**values, "out": run.out}) + "\n")
-    elif not result.finished:
+    elif not result.finished and not asked.export:
         sys.stderr.write(f"stopped at step {result.step}, saved; go on with: internvl train --run {run.out}\n")
     return 0
 

@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 import signal
+import textwrap
 import threading
 import time
 from collections import deque
@@ -81,6 +82,16 @@ def train(
     finally:
         trainer.close()
     return result
+
+
+def export_latest(run: RunConfig, stage: Stage) -> Result:
+    """Write the trained model from the latest checkpoint, wherever the run stands."""
+    found = check_folder(run, resume=True)
+    assert found is not None
+    trainer = Trainer(run, stage, (), None)
+    trainer.resume(found)
+    trainer.export()
+    return Result(trainer.step, trainer.step >= trainer.num_steps, {})
 
 
 def check_folder(run: RunConfig, resume: bool | None = None) -> Path | None:
@@ -230,9 +241,11 @@ class Trainer:
             values = {**losses, "gradient norm": norm}
             bad = [f"{name} is {float(value)}" for name, value in values.items() if not math.isfinite(float(value))]
             if bad:
+                listing = self.out / "not_finite.txt"
+                checkpoint.replace_text(listing, names.replace(", ", "\n") + "\n")
                 raise ValueError(
-                    f"step {step}: {', '.join(bad)}; samples: {names}; the latest checkpoint is from "
-                    "before: lower optimiser.peak_lr, or look at these samples"
+                    f"step {step}: {', '.join(bad)}; samples: {textwrap.shorten(names, 300)} (all in {listing}); the "
+                    "latest checkpoint is from before: lower optimiser.peak_lr, or look at these samples"
                 )
         self.last["checked"] = self.step
 
@@ -282,8 +295,11 @@ class Trainer:
         if self._evaluate():
             self._save()  # so that the checkpoint knows that it is the best
         self._draw()
-        if self.run.export == "none":
-            return
+        if self.run.export != "none":
+            self.export()
+
+    def export(self) -> None:
+        """Write the trained model and its parts; training cannot go on in this process."""
         if self.run.export == "best" and self.best:
             checkpoint.load_learned(self.checkpoints.path(self.best["step"]), self.learner)
         partial = self.out / ".model.partial"
