@@ -1,6 +1,6 @@
 """Dynamic tiling: choose the grid, cut, thumbnail, put back together (spec 3.2; official dynamic_preprocess).
 
-Takes RGB pictures; opening them and making floats of the tiles is images.py's.
+Opening pictures and making floats of the tiles is images.py's.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
+from internvl.data.images import Source, open_image
 from internvl.data.resize import BICUBIC, planes
 
 TILE_SIZE = 448
@@ -79,13 +80,14 @@ def count_tiles(
 
 
 def tile(
-    image: Image.Image,
+    image: Source,
     min_tiles: int = 1,
     max_tiles: int = 12,
     thumbnail: bool = True,
     tile_size: int = TILE_SIZE,
 ) -> Tiling:
     """The tiles of a picture as pictures, with the official pixels."""
+    image = open_image(image)
     columns, rows = choose_grid(*image.size, min_tiles, max_tiles, tile_size)
     resized = image.resize((columns * tile_size, rows * tile_size), BICUBIC)
     tiles = [
