@@ -39,17 +39,20 @@ def load_checkpoint(
     path: str | Path,
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     layout: str | None = None,
 ) -> Loaded:
-    """Open a checkpoint folder of either layout, `pocket`, or a `tiny-*` model of random weights."""
+    """Open a checkpoint folder of either layout, `pocket`, or a `tiny-*` model of random weights.
+
+    `dtype` None keeps the stored number type, or float32 where several are mixed.
+    """
     if str(path) == "pocket":
         from internvl.pocket import pocket_folder
 
         path = pocket_folder()
     elif str(path) in CHAT:
         config = CHAT[str(path)]
-        return Loaded(build(config, dtype, device), None, config, "random")
+        return Loaded(build(config, dtype or torch.float32, device), None, config, "random")
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{path}: no such folder, and no model of that name; names are {', '.join(CHAT)}")
@@ -59,8 +62,10 @@ def load_checkpoint(
         config, image_token_id = native.from_native(settings, folder / "config.json")
     else:
         config, image_token_id = official.from_official(settings, folder / "config.json"), None
+    weights = open_weights(folder)
+    dtype = dtype or weights.widest
     model = build(config, dtype, "meta")
-    _read(model, folder, layout, dtype, device)
+    _read(model, weights, folder, layout, dtype, device)
     tokenizer = _tokenizer(folder, model)
     model.image_token_id = image_token_id if image_token_id is not None else _image_token(tokenizer, settings)
     return Loaded(model, tokenizer, config, layout)
@@ -118,9 +123,15 @@ def _layout(settings: Mapping[str, Any], folder: Path) -> str:
     )
 
 
-def _read(model: ChatModel, folder: Path, layout: str, dtype: torch.dtype, device: torch.device | str) -> None:
+def _read(
+    model: ChatModel,
+    weights: Weights,
+    folder: Path,
+    layout: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> None:
     """Assign every weight, one tensor at a time, so that memory never holds the model twice."""
-    weights = open_weights(folder)
     names = {_current(key, layout): key for key in weights.shapes if not matches(key, official.DERIVED_KEYS)}
     state = model.state_dict()
     entries = expand(_rules(model.config, layout), state)

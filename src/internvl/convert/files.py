@@ -20,15 +20,29 @@ from torch import Tensor
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 1000**3
+NUMBER_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 PICKLE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a folder holds: the file and the shape of every key; tensors are read when asked for."""
+    """What a folder holds: file, shape and number type of every key; tensors are read when asked for."""
 
     files: Mapping[str, Path]
     shapes: Mapping[str, tuple[int, ...]]
+    types: Mapping[str, str]
+    """As safetensors spells them: F32, BF16, ..."""
+
+    @property
+    def widest(self) -> torch.dtype:
+        """The number type that loses nothing of any tensor."""
+        found = set(self.types.values())
+        unknown = sorted(found - NUMBER_TYPES.keys())
+        if unknown:
+            raise ValueError(f"weights are stored as {', '.join(unknown)}; readable are {', '.join(NUMBER_TYPES)}")
+        if found == {"BF16"} or found == {"F16"}:
+            return NUMBER_TYPES[found.pop()]
+        return torch.float32
 
     def get(self, key: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         """One tensor in memory of its own. The file is opened anew, else the pages of all tensors would add up."""
@@ -47,8 +61,8 @@ def open_weights(folder: Path) -> Weights:
     if index.exists():
         return _open_shards(folder, index)
     if single.exists():
-        shapes = _shapes(single)
-        return Weights(dict.fromkeys(shapes, single), shapes)
+        shapes, types = _headers(single)
+        return Weights(dict.fromkeys(shapes, single), shapes, types)
     pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise ValueError(
@@ -118,23 +132,26 @@ def _open_shards(folder: Path, index: Path) -> Weights:
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise ValueError(f"{index}: no weight_map from keys to file names; download the file again")
     shapes: dict[str, tuple[int, ...]] = {}
+    types: dict[str, str] = {}
     files: dict[str, Path] = {}
     for name in sorted(set(places.values())):
         if name != Path(name).name or not name.endswith(".safetensors"):
             raise ValueError(f"{index}: shard {name!r} must be a .safetensors file in the same folder")
-        found = _shapes(folder / name)
-        shapes |= found
+        found, found_types = _headers(folder / name)
+        shapes, types = shapes | found, types | found_types
         files |= dict.fromkeys(found, folder / name)
     wrong = sorted(key for key, name in places.items() if key not in files or files[key].name != name)
     if wrong:
         raise ValueError(f"{index}: {_some(wrong)} not in the shard that it names; download the shards again")
-    return Weights(files, shapes)
+    return Weights(files, shapes, types)
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def _headers(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     try:
         with safe_open(path, "pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())}
+            slices = {key: file.get_slice(key) for key in list(file.keys())}
+            shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
+            return shapes, {key: str(part.get_dtype()) for key, part in slices.items()}
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: shard not found; download it again") from None
     except SafetensorError as error:
