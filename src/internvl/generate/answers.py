@@ -10,8 +10,8 @@ from typing import NamedTuple
 from internvl.data.images import Source, header_size, open_image
 from internvl.data.regions import Numbers, parse_boxes, to_pixels
 
-_YES = re.compile(r"\W*(yes|yeah|yep|true|oui|是|对)(\b|$|\W)", re.IGNORECASE)
-_NO = re.compile(r"\W*(no|nope|not|false|non|不|否)(\b|$|\W|.)", re.IGNORECASE)
+_YES = re.compile(r"\W*(?:(?:yes|yeah|yep|true|oui)\b|是|对|有)", re.IGNORECASE)
+_NO = re.compile(r"\W*(?:(?:no|nope|not|false|non)\b|不|否|没)", re.IGNORECASE)
 _BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 _FINAL = re.compile(r"(?:final answer|answer|答案)\s*(?:is|:|：|是)+\s*(.+)", re.IGNORECASE)
 

@@ -217,8 +217,8 @@ class Chat:
         settings = Sampling(**{"max_new_tokens": MAX_NEW_TOKENS, **sampling})
         messages, sources = conversation(question, images or (), history)
         prompt = self.encoder.prompt(messages, sources, system_message=system, max_tiles=max_tiles or self.max_tiles)
-        started = time.perf_counter()
         self.engine.check_length(len(prompt.input_ids))
+        started = time.perf_counter()
         visual = self.features.lookup(prompt.tiles, self.engine.encode) if len(prompt.tiles) else None
         request = Request(
             prompt.input_ids, sampling=settings, stop_ids=self.stop_ids, visual=visual, started_at=started

@@ -52,6 +52,7 @@ class Writer:
         if not self.stopped and self.read < len(self.tokens):
             self.full += self._decode(self.shown)[len(self._decode(self.shown, self.read)) :]
         end = self._stop_at()
+        self.stopped = end is not None
         return self._give(len(self.full) if end is None else end)
 
     @property

@@ -1,0 +1,158 @@
+"""Cached equals uncached: every decoder against the language model's own forward over the whole sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from internvl.models.decoder import Decoder, PlainDecoder
+from internvl.models.fused import FusedDecoder, choose_decoder, why_not_fused
+from internvl.models.language import LanguageModel
+from internvl.models.products import (
+    GROUP,
+    MIDDLE,
+    BlockedProduct,
+    FourBitProduct,
+    PlainProduct,
+    blocked_is_available,
+    quantise,
+)
+from tiny import FAMILIES, tiny_model
+
+LENGTHS = (7, 19, 12)
+MAKERS: dict[str, Callable[[LanguageModel], Decoder]] = {
+    "transformers": PlainDecoder,
+    "fused, plain": lambda language: FusedDecoder(language, "plain"),
+    "fused, blocked": lambda language: FusedDecoder(language, "blocked"),
+}
+
+
+def _worst(language: LanguageModel, decoder: Decoder, steps: int = 6) -> float:
+    """Largest distance between the decoder's logits and those of one pass over everything."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(10, 160, (len(LENGTHS), max(LENGTHS) + steps), generator=generator)
+    with torch.inference_mode():
+        embeds = language.embed(ids)
+        whole = language.head(language(embeds))
+        decoder.reserve(len(LENGTHS), max(LENGTHS) + steps)
+        rows = range(len(LENGTHS))
+        got = [decoder.read([embeds[row, :length] for row, length in zip(rows, LENGTHS, strict=True)], list(rows))]
+        for step in range(steps):
+            now = [length + step for length in LENGTHS]
+            got.append(decoder.step(ids[rows, now], now))
+        want = [whole[rows, [length - 1 + step for length in LENGTHS]] for step in range(steps + 1)]
+    return max(float((a.float() - b.float()).abs().max()) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_equals_uncached(family: str, maker: str) -> None:
+    language = tiny_model(family).language
+    if maker != "transformers" and why_not_fused(language):
+        pytest.skip(f"{family}: {why_not_fused(language)}")
+    assert _worst(language, MAKERS[maker](language)) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_bfloat16_is_as_close_to_float32_as_transformers_is(family: str) -> None:
+    exact = tiny_model(family).language
+    half = tiny_model(family, dtype=torch.bfloat16).language
+    ids = torch.randint(10, 160, (1, 24), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        truth = exact.head(exact(exact.embed(ids)))[0, -1]
+        theirs = half.head(half(half.embed(ids)))[0, -1]
+        decoder = choose_decoder(half)
+        decoder.reserve(1, 32)
+        decoder.read([half.embed(ids)[0, :-1]], [0])
+        ours = decoder.step(ids[0, -1:], [23])[0]
+    assert (ours - truth).abs().max() < 2 * (theirs - truth).abs().max()
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_growing_and_moving_keep_what_is_there(maker: str) -> None:
+    language = tiny_model().language
+    decoder = MAKERS[maker](language)
+    ids = torch.randint(10, 160, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        embeds = language.embed(ids)[0]
+        whole = language.head(language(embeds[None]))[0]
+        decoder.reserve(2, 16)
+        decoder.read([embeds[:5], embeds[:8]], [0, 1])
+        decoder.reserve(5, 200)
+        decoder.move(1, 0, 8)
+        torch.testing.assert_close(decoder.step(ids[0, 8:9], [8])[0], whole[8], rtol=1e-4, atol=1e-5)
+
+
+def test_the_fastest_fitting_decoder_is_chosen() -> None:
+    assert isinstance(choose_decoder(tiny_model("qwen2").language), FusedDecoder)
+    assert isinstance(choose_decoder(tiny_model("phi3").language), PlainDecoder)
+    with pytest.raises(ValueError, match="phi3"):
+        choose_decoder(tiny_model("phi3", dtype=torch.bfloat16).language, int4=True)
+
+
+def test_unmerged_adapters_are_not_skipped() -> None:
+    language = tiny_model().language
+    projection = language.model.model.layers[1].self_attn.q_proj
+
+    class Adapted(torch.nn.Linear):
+        pass
+
+    adapted = Adapted(projection.in_features, projection.out_features, bias=False)
+    language.model.model.layers[1].self_attn.q_proj = adapted
+    assert isinstance(choose_decoder(language), PlainDecoder)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_agree(dtype: torch.dtype, bias: bool) -> None:
+    if not blocked_is_available(dtype):
+        pytest.skip("oneDNN is not built in")
+    x, weight, other = (
+        torch.randn(3, 64, dtype=dtype),
+        torch.randn(96, 64, dtype=dtype),
+        torch.randn(3, 96, dtype=dtype),
+    )
+    offset = torch.randn(96, dtype=dtype) if bias else None
+    plain, blocked = PlainProduct(weight, offset), BlockedProduct(weight, offset)
+    close = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.25}
+    torch.testing.assert_close(blocked(x), plain(x), **close)
+    torch.testing.assert_close(blocked.silu(x), plain.silu(x), **close)
+    torch.testing.assert_close(blocked.times(x, other), plain.times(x, other), **close)
+    torch.testing.assert_close(blocked.plus(x, other), plain.plus(x, other), **close)
+
+
+@pytest.mark.parametrize("rows", [64, 100])
+def test_four_bit_product_is_the_product_with_the_rounded_weights(rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, 128, generator=generator) * 0.1
+    x = torch.randn(4, 128, generator=generator).bfloat16()
+    levels, scale_and_zero = quantise(weight)
+    scale, zero = scale_and_zero.float().unbind(-1)  # (groups, rows)
+    grouped = levels.view(rows, -1, GROUP) - MIDDLE
+    rounded = (grouped * scale.t()[..., None] + zero.t()[..., None]).view(rows, 128)
+    product = FourBitProduct(weight)
+    torch.testing.assert_close(product(x).float(), x.float() @ rounded.t(), rtol=2e-2, atol=2e-2)
+    assert (rounded - weight).abs().max() <= 0.52 * scale.max()  # half a level, and bfloat16 scales
+
+
+def test_four_bit_blocks_that_are_already_on_the_grid_stay() -> None:
+    levels = torch.randint(0, 16, (64, 2, 32), generator=torch.Generator().manual_seed(0))
+    levels[..., 0], levels[..., 1] = 0, 15
+    weight = (levels * 0.125 - 1.0).view(64, 64)
+    again, scale_and_zero = quantise(weight)
+    assert torch.equal(again.view(64, 2, 32), levels.int())
+    assert torch.equal(scale_and_zero[..., 0], torch.full((2, 64), 0.125, dtype=torch.bfloat16))
+
+
+def test_four_bit_steps_stay_near_the_weights() -> None:
+    language = tiny_model(dtype=torch.bfloat16).language
+    ids = torch.randint(10, 160, (1, 24), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        want = language.head(language(language.embed(ids)))[0, -1].float().log_softmax(-1)
+        decoder = choose_decoder(language, int4=True)
+        decoder.reserve(1, 32)
+        decoder.read([language.embed(ids)[0, :-1]], [0])
+        got = decoder.step(ids[0, -1:], [23])[0].float().log_softmax(-1)
+    assert float((want.exp() * (want - got)).sum()) < 0.05  # nats
