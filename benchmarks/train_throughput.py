@@ -22,7 +22,9 @@ from internvl.batch import ChatBatch
 from internvl.models.build import build
 from internvl.tokens import IGNORE_INDEX, SPECIAL_TOKENS
 from internvl.train import optim, trainable
-from internvl.train.loop import Feed, Trainer, choose_device
+from internvl.train.feed import Feed
+from internvl.train.loop import Trainer
+from internvl.train.process import choose_device
 from internvl.train.recipes import pocket
 from internvl.train.run import Data, Part, RunConfig, Schedule, Tokens
 from internvl.train.stages.sft import Sft

@@ -10,14 +10,9 @@ import importlib.util
 import json
 import math
 import shutil
-import signal
 import textwrap
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +21,9 @@ import torch
 from torch import Tensor
 
 from internvl.train import checkpoint, log, optim, trainable
-from internvl.train.run import Prepared, RunConfig, Stage, differences, read_run, to_json
+from internvl.train.feed import Feed, Item
+from internvl.train.process import choose_device, stop_on_signal
+from internvl.train.run import RunConfig, Stage, differences, read_run, to_json
 
 Evaluator = Callable[[torch.device], Mapping[str, float]]
 """Called with the model in evaluation mode, without gradients; names the numbers that it measured."""
@@ -46,17 +43,6 @@ class Result:
     finished: bool
     """False when time or a signal stopped it before its last step; the same command goes on."""
     metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Item:
-    """One prepared micro-batch, and the cursor of the data after it."""
-
-    batch: Prepared
-    weights: Mapping[str, float]
-    sizes: Mapping[str, int]
-    names: str
-    cursor: dict[str, Any]
 
 
 def train(
@@ -109,15 +95,6 @@ def check_folder(run: RunConfig, resume: bool | None = None) -> Path | None:
     return found
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` is cuda where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device is {name!r} but torch sees no CUDA device; use --device cpu")
-    return torch.device(name)
-
-
 class Trainer:
     """One run in memory."""
 
@@ -132,7 +109,7 @@ class Trainer:
         self.learner = stage.begin(run, self.device)
         self.parameters = list(self.learner.parameters.values())
         self.optimizer = optim.build(trainable.groups(self.learner), run)
-        self.num_steps = _num_steps(run, stage)
+        self.num_steps = optim.num_steps(run, stage.batches_per_epoch)
         self.step, self.elapsed_s, self.best = 0, 0.0, dict[str, Any]()
         self.cursor = stage.cursor()
         self.checkpoints = checkpoint.Checkpoints(self.out, run.keep)
@@ -161,7 +138,7 @@ class Trainer:
         deadline = math.inf if self.run.max_minutes is None else 60 * self.run.max_minutes
         # a schedule over time counts all sessions of a run, one over steps only this one
         limit = deadline if self.run.schedule.over == "time" else deadline + self.elapsed_s
-        with Feed(self.stage, self.device) as feed, _stop_on_signal() as stopped:
+        with Feed(self.stage, self.device) as feed, stop_on_signal() as stopped:
             while self.step < self.num_steps and self.elapsed_s < limit and not stopped:
                 self._advance(feed, self.elapsed_s / deadline)
                 self.elapsed_s = time.monotonic() - began
@@ -320,67 +297,3 @@ class Trainer:
         assert self.metrics is not None
         self.metrics.write(line)
         self.reporter.line(line)
-
-
-class Feed:
-    """A thread that stays two micro-batches ahead of the step; an error in it is raised by `take`."""
-
-    def __init__(self, stage: Stage, device: torch.device) -> None:
-        self._stage, self._pin = stage, device.type == "cuda"
-        self._batches = stage.batches()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
-        self._ahead: deque[Future[Item]] = deque()
-
-    def __enter__(self) -> Feed:
-        self._ahead.extend(self._thread.submit(self._item) for _ in range(2))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        self._batches.close()
-
-    def take(self) -> Item:
-        item = self._ahead.popleft().result()
-        self._ahead.append(self._thread.submit(self._item))
-        return item
-
-    def _item(self) -> Item:
-        batch = next(self._batches)
-        cursor = self._stage.cursor()
-        prepared = self._stage.prepare(batch)
-        return Item(
-            prepared.pin_memory() if self._pin else prepared,
-            self._stage.weights(batch),
-            self._stage.sizes(batch),
-            self._stage.describe(batch),
-            cursor,
-        )
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[list[int]]:
-    """A list that is empty until the process is asked to end; the second Ctrl-C interrupts at once."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def note(number: int, _: object) -> None:
-        if number == signal.SIGINT and received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _num_steps(run: RunConfig, stage: Stage) -> int:
-    if run.schedule.steps is not None:
-        return run.schedule.steps
-    if run.schedule.epochs is not None:
-        return max(1, math.ceil(run.schedule.epochs * stage.batches_per_epoch() / run.accumulate))
-    return 2**31  # over time

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,16 @@ def lr_factor(run: RunConfig, step: int, num_steps: int, elapsed_share: float = 
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
+
+
+def num_steps(run: RunConfig, batches_per_epoch: Callable[[], int]) -> int:
+    """Optimiser steps of a run; without end where time decides."""
+    schedule = run.schedule
+    if schedule.steps is not None:
+        return schedule.steps
+    if schedule.epochs is not None:
+        return max(1, math.ceil(schedule.epochs * batches_per_epoch() / run.accumulate))
+    return 2**31
 
 
 def num_warmup(run: RunConfig, num_steps: int) -> int:

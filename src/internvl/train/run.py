@@ -159,21 +159,8 @@ class RunConfig:
 
 
 RESUME_FREE = frozenset(
-    (
-        "out",
-        "device",
-        "log_every",
-        "save_every",
-        "eval_every",
-        "keep",
-        "max_minutes",
-        "export",
-        "data.workers",
-        "data.features",
-        "data.features_folder",
-        "data.held_out",
-        "data.held_out_samples",
-    )
+    ["out", "device", "log_every", "save_every", "eval_every", "keep", "max_minutes", "export", "data.workers"]
+    + [f"data.{name}" for name in ("features", "features_folder", "held_out", "held_out_samples")]
 )
 """Fields that may change when a run goes on: they do not change what is learned."""
 

@@ -1,0 +1,59 @@
+"""Micro-batches made ahead of the step that needs them. What a batch is, is the stage's business."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from internvl.train.run import Prepared, Stage
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prepared micro-batch, and the cursor of the data after it."""
+
+    batch: Prepared
+    weights: Mapping[str, float]
+    sizes: Mapping[str, int]
+    names: str
+    cursor: dict[str, Any]
+
+
+class Feed:
+    """A thread that stays two micro-batches ahead of the step; an error in it is raised by `take`."""
+
+    def __init__(self, stage: Stage, device: torch.device) -> None:
+        self._stage, self._pin = stage, device.type == "cuda"
+        self._batches = stage.batches()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
+        self._ahead: deque[Future[Item]] = deque()
+
+    def __enter__(self) -> Feed:
+        self._ahead.extend(self._thread.submit(self._item) for _ in range(2))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._batches.close()
+
+    def take(self) -> Item:
+        item = self._ahead.popleft().result()
+        self._ahead.append(self._thread.submit(self._item))
+        return item
+
+    def _item(self) -> Item:
+        batch = next(self._batches)
+        cursor = self._stage.cursor()
+        prepared = self._stage.prepare(batch)
+        return Item(
+            prepared.pin_memory() if self._pin else prepared,
+            self._stage.weights(batch),
+            self._stage.sizes(batch),
+            self._stage.describe(batch),
+            cursor,
+        )
