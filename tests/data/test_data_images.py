@@ -102,6 +102,18 @@ def test_own_limit_names_value_limit_and_remedy() -> None:
     assert open_image(encoded(noise(20, 10)), Limits(pixels=200)).size == (20, 10)
 
 
+def test_formats_that_start_other_programs_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "page.eps"
+    noise(20, 10).save(path)
+    with pytest.raises(ValueError, match=r"page\.eps: not a picture that Pillow can read"):
+        open_image(path)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000"])
+def test_usual_formats_are_read(kind: str) -> None:
+    assert open_image(encoded(noise(32, 32), kind)).size == (32, 32)
+
+
 def test_addresses_are_not_fetched() -> None:
     with pytest.raises(ValueError, match="addresses are not fetched here"):
         open_image("https://example.org/cat.png")

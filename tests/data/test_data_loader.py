@@ -134,6 +134,11 @@ def test_epochs_differ_and_seeds_repeat(sets: list[DataSet]) -> None:
     assert np.array_equal(Mixture(sets[:1], shuffle=False).epoch(7), np.arange(13))
 
 
+def test_an_epoch_without_records_is_an_error(sets: list[DataSet]) -> None:
+    with pytest.raises(ValueError, match="13 records, none of them in an epoch; raise repeat_time"):
+        next(iter(make([replace(sets[0], repeat=0.01)], SETTINGS["samples"])))
+
+
 def test_augmentation_and_tiles_follow_the_set(sets: list[DataSet]) -> None:
     encoders = make(sets, SETTINGS["samples"])._work.encoders
     assert [encoder.augment for encoder in encoders] == [True, False]

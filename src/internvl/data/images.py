@@ -25,6 +25,8 @@ Source = str | Path | bytes | Image.Image | np.ndarray
 
 MAX_PIXELS = 89_478_485
 """Pillow's own bound against decompression bombs: a quarter of a gigabyte of RGB."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "MPO", "JPEG2000")
+"""Pillow reads more: of some it starts another program (PostScript), others are read by rarely tried code."""
 JPEG_QUALITIES = (75, 100)
 """Lowest and highest quality of the training augmentation (official dataset.py; paper 2.5, section 4.1)."""
 
@@ -123,7 +125,7 @@ def _open(source: str | Path | bytes, name: str) -> Image.Image:
     if not size:
         raise ValueError(f"{name}: an empty file (0 bytes); fetch the picture again or remove its record")
     try:
-        return Image.open(file)
+        return Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: {error}; the limit is {MAX_PIXELS} px; scale the picture down") from error
     except _BROKEN as error:

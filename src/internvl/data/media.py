@@ -34,8 +34,8 @@ class FrameSettings:
     """Which frames of a video are shown, and what the prompt calls them."""
 
     sampling: Literal["rand", "middle", "fps", "centres"] = "rand"
-    """`rand`: one random frame of each equal part; `middle`: its middle; `fps`: every 1/fps seconds; `centres`: the
-    fixed centres of the official inference."""
+    """`rand`: one random frame of each equal part, as `centres` where there is no generator; `middle`: its middle;
+    `fps`: every 1/fps seconds; `centres`: the fixed centres of the official inference."""
     min_frames: int = 8
     max_frames: int = 32
     """Training draws a number between the two; `centres` and a missing generator take the larger."""
@@ -53,7 +53,7 @@ class FrameSettings:
         """Indices of the frames to show, inside `seconds` when given."""
         first, last = _bounds(clip, seconds)
         length = last - first + 1
-        if self.sampling == "centres":
+        if self.sampling == "centres" or (self.sampling == "rand" and rng is None):
             return segment_centres(first, last, self.max_frames)
         if self.sampling == "fps":
             chosen = every(length, clip.fps, self.fps)[: self.max_frames]
@@ -114,7 +114,7 @@ def probe(path: str | Path) -> Clip:
     if not file.is_file():
         raise FileNotFoundError(f"{path}: no such video; check the path and the root of its data set")
     if file.suffix.lower() in (".gif", ".webp"):
-        with Image.open(file) as image:
+        with Image.open(file, formats=("GIF", "WEBP")) as image:
             return Clip(int(getattr(image, "n_frames", 1)), 1.0)
     with _container(file) as container:
         stream = _stream(container, file)
@@ -133,7 +133,7 @@ def read_frames(path: str | Path, indices: Sequence[int], limits: Limits = DEFAU
     wanted = set(indices)
     found: dict[int, Image.Image] = {}
     if file.suffix.lower() in (".gif", ".webp"):
-        with Image.open(file) as image:
+        with Image.open(file, formats=("GIF", "WEBP")) as image:
             for number, frame in enumerate(ImageSequence.Iterator(image)):
                 if number in wanted:
                     found[number] = open_image(frame, limits).copy()

@@ -158,6 +158,8 @@ class Mixture:
         """Numbers of the records of an epoch, in its order."""
         rng = np.random.default_rng([self.seed, epoch])
         numbers = np.concatenate(list(self._repeated(rng)))
+        if not len(numbers):
+            raise ValueError(f"{len(self)} records, none of them in an epoch; raise repeat_time of a set")
         if self.shuffle:
             rng.shuffle(numbers)
         return numbers
