@@ -25,7 +25,7 @@ Source = str | Path | bytes | Image.Image | np.ndarray
 
 MAX_PIXELS = 89_478_485
 """Pillow's own bound against decompression bombs: a quarter of a gigabyte of RGB."""
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "MPO", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000")
 """Pillow reads more: of some it starts another program (PostScript), others are read by rarely tried code."""
 JPEG_QUALITIES = (75, 100)
 """Lowest and highest quality of the training augmentation (official dataset.py; paper 2.5, section 4.1)."""
