@@ -128,6 +128,6 @@ def test_threads_give_the_same_bytes(size: tuple[int, int], threads: int, monkey
     torch.set_num_threads(threads)
     for width, height in ((112, 112), (336, 224), (224, 448)):
         out = np.zeros((height // 112, width // 112, 3, 112, 112), np.uint8)
-        resize.planes(image, width, height, out)
+        resize.planes(image, out)
         expected = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
         assert np.array_equal(out.transpose(0, 3, 1, 4, 2).reshape(height, width, 3), expected)

@@ -15,60 +15,66 @@ from PIL import Image
 from internvl.data.threads import spread, threads_for
 
 BICUBIC = Image.Resampling.BICUBIC
+Grid = UInt8[np.ndarray, "_ _ 3 side side"]
+"""Rows and columns of square tiles of three planes, as they lie in the picture."""
 
 
-def planes(image: Image.Image, width: int, height: int, out: UInt8[np.ndarray, "rows columns 3 side side"]) -> None:
-    """Write an RGB picture, resized to `width` x `height`, into `out`: a grid of square tiles of three planes."""
+def planes(image: Image.Image, *grids: Grid) -> None:
+    """Write an RGB picture into each grid, resized to its size."""
     if image.mode != "RGB":
         raise ValueError(f"a picture of mode {image.mode}; make it RGB with open_image first")
-    side = out.shape[-1]
-    threads = threads_for(image.width * image.height + width * height)
-    if threads == 1 or image.size == (width, height):
-        whole = image if image.size == (width, height) else image.resize((width, height), BICUBIC)
-        for channel, plane in enumerate(whole.split()):
-            parts = np.asarray(plane).reshape(height // side, side, width // side, side)
-            out[:, :, channel] = parts.transpose(0, 2, 1, 3)
-        return
-    bands = _rows_resized(image, width, threads)
+    threads = threads_for(image.width * image.height + sum(grid.size // 3 for grid in grids))
+    bands = [image]
+    if threads > 1 and any(_width(grid) != image.width for grid in grids):
+        edges = [round(band * image.height / threads) for band in range(threads + 1)]
+        bands = [image.crop((0, top, image.width, bottom)) for top, bottom in pairwise(edges) if bottom > top]
+    for grid in grids:
+        if threads == 1 or image.size == (_width(grid), _height(grid)):
+            _write(image.resize((_width(grid), _height(grid)), BICUBIC), grid)
+        else:
+            _resize(bands, grid, threads)
+
+
+def _write(whole: Image.Image, grid: Grid) -> None:
+    rows, columns, _, side, _ = grid.shape
+    for channel, plane in enumerate(whole.split()):
+        grid[:, :, channel] = np.asarray(plane).reshape(rows, side, columns, side).transpose(0, 2, 1, 3)
+
+
+def _resize(bands: list[Image.Image], grid: Grid, threads: int) -> None:
+    rows, columns, _, side, _ = grid.shape
+    narrow = spread(lambda band: _along_rows(band, columns * side), bands, threads)
     # Bands of columns, each inside one column of tiles, and enough of them to keep the threads equally busy.
-    pieces = 1 if (width // side) % threads == 0 else 2 * threads
-    edges = [
-        (column, round(part * side / pieces), round((part + 1) * side / pieces))
-        for column in range(width // side)
-        for part in range(pieces)
-    ]
+    pieces = 1 if columns % threads == 0 else 2 * threads
+    edges = [round(part * side / pieces) for part in range(pieces + 1)]
+    places = [(column, first, last) for column in range(columns) for first, last in pairwise(edges) if last > first]
 
-    def write(edge: tuple[int, int, int]) -> None:
-        column, first, last = edge
-        if last > first:
-            band = _columns(bands, column * side + first, column * side + last)
-            for channel, plane in enumerate(band.resize((last - first, height), BICUBIC).split()):
-                out[:, column, channel, :, first:last] = np.asarray(plane).reshape(-1, side, last - first)
+    def write(place: tuple[int, int, int]) -> None:
+        column, first, last = place
+        band = _columns(narrow, column * side + first, last - first).resize((last - first, rows * side), BICUBIC)
+        for channel, plane in enumerate(band.split()):
+            grid[:, column, channel, :, first:last] = np.asarray(plane).reshape(rows, side, last - first)
 
-    spread(write, edges, threads)
+    spread(write, places, threads)
 
 
-def _rows_resized(image: Image.Image, width: int, threads: int) -> list[Image.Image]:
-    """Bands of rows, resized to `width`; the height stays."""
-    if image.width == width:
-        return [image]
-    edges = [round(band * image.height / threads) for band in range(threads + 1)]
-    bands = [(top, bottom) for top, bottom in pairwise(edges) if bottom > top]
-
-    def resize(band: tuple[int, int]) -> Image.Image:
-        return image.crop((0, band[0], image.width, band[1])).resize((width, band[1] - band[0]), BICUBIC)
-
-    return spread(resize, bands, threads)
+def _along_rows(band: Image.Image, width: int) -> Image.Image:
+    return band if band.width == width else band.resize((width, band.height), BICUBIC)
 
 
-def _columns(bands: list[Image.Image], left: int, right: int) -> Image.Image:
+def _columns(bands: list[Image.Image], left: int, width: int) -> Image.Image:
     """These columns of the picture that the bands make up."""
-    if len(bands) == 1:
-        whole = bands[0]
-        return whole if (left, right) == (0, whole.width) else whole.crop((left, 0, right, whole.height))
-    joined = Image.new("RGB", (right - left, sum(band.height for band in bands)))
+    joined = Image.new("RGB", (width, sum(band.height for band in bands)), None)
     top = 0
     for band in bands:
-        joined.paste(band.crop((left, 0, right, band.height)), (0, top))
+        joined.paste(band, (-left, top))  # Pillow copies only what falls inside
         top += band.height
     return joined
+
+
+def _width(grid: Grid) -> int:
+    return int(grid.shape[1] * grid.shape[-1])
+
+
+def _height(grid: Grid) -> int:
+    return int(grid.shape[0] * grid.shape[-1])

@@ -121,14 +121,13 @@ def cut(
     columns, rows = choose_grid(*image.size, min_tiles, max_tiles, tile_size)
     count = columns * rows
     out = np.empty((count + int(thumbnail and count != 1), 3, tile_size, tile_size), np.uint8)
-    planes(image, columns * tile_size, rows * tile_size, out[:count].reshape(rows, columns, *out.shape[1:]))
-    if len(out) > count:
-        planes(image, tile_size, tile_size, out[count:, None])
+    grids = [out[:count].reshape(rows, columns, *out.shape[1:]), out[count:, None]]
+    planes(image, *(grid for grid in grids if len(grid)))
     return torch.from_numpy(out)
 
 
 def single(image: Image.Image, tile_size: int = TILE_SIZE) -> UInt8[Tensor, "1 3 {tile_size} {tile_size}"]:
     """The whole picture as one tile, its sides stretched."""
     out = np.empty((1, 3, tile_size, tile_size), np.uint8)
-    planes(image, tile_size, tile_size, out[None])
+    planes(image, out[None])
     return torch.from_numpy(out)
