@@ -101,7 +101,7 @@ def test_settled_rows_give_the_same_logits(tmp_path: Path, tied: bool) -> None:
 
 
 def test_rows_of_a_table_that_learns_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"tokens\.learn off"):
+    with pytest.raises(ValueError, match=r"tokens\.no-learn"):
         trainable.choose(model(), tiny_run(tmp_path, tokens=Tokens(learn=True)), ROWS)
 
 

@@ -256,3 +256,14 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_a_stage_that_does_not_exist_is_named() -> None:
     with pytest.raises(ValueError, match="no stage 'rl'; it is one of sft"):
         open_stage(replace(tiny.tiny_sft(), stage="rl"))
+
+
+def test_bfloat16_runs_leave_bfloat16_and_parts_that_agree(inputs: Path, tmp_path: Path) -> None:
+    run = tiny_run(inputs, tmp_path, precision="bf16", **LEARNING["lora"])
+    run_here(run)
+    for path in (tmp_path / "parts").rglob("*.safetensors"):
+        assert {value.dtype for value in load_file(path).values()} == {torch.bfloat16}, path
+    trained = load_file(tmp_path / "model" / "model.safetensors")
+    assert {value.dtype for value in trained.values()} == {torch.bfloat16}
+    connector = load_file(tmp_path / "parts" / "connector.safetensors")
+    assert torch.equal(connector["fc1.weight"], trained["mlp1.1.weight"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from internvl.load import save_checkpoint
 from internvl.train.run import PARTS
@@ -16,47 +18,47 @@ from internvl.train.trainable import Learner
 def export_parts(learner: Learner, out: Path, dtype: torch.dtype) -> None:
     """connector.safetensors, a peft folder for each adapted part, embeddings.safetensors: only what learned.
 
-    Learned values are rounded to `dtype` first, so that the parts and the merged model say the same.
+    Learned values are rounded to `dtype` for good, so that the parts and the merged model say the same.
     """
     out.mkdir(parents=True, exist_ok=True)
-    run = learner.run
-    with torch.no_grad():
-        for parameter in learner.parameters.values():
-            parameter.copy_(parameter.to(dtype))
-    if run.connector.learn == "full":
-        state = learner.model.connector.state_dict()
-        save_file(
-            {name: value.cpu().to(dtype).contiguous() for name, value in state.items()}, out / "connector.safetensors"
-        )
-    for name in PARTS:
-        if run.part(name).learn == "lora":
-            _save_adapter(learner, name, out / name)
+    model, learned = learner.model, list(learner.parameters.values())
+    _cast(learned, dtype)
+    if learner.run.connector.learn == "full":
+        _write(model.connector.named_parameters(), out / "connector.safetensors")
     if learner.rows is not None:
-        rows = {name: p.detach().cpu().to(dtype).contiguous() for name, p in learner.rows.named_parameters()}
-        save_file(rows, out / "embeddings.safetensors")
+        _write(learner.rows.named_parameters(), out / "embeddings.safetensors")
+    for name in _adapted(learner):
+        from internvl.models import adapters  # needs peft, an extra
+
+        adapters.save(model, out / name, name)
+    _cast(learned, torch.float32)
 
 
 def export_model(learner: Learner, tokenizer: Any, out: Path, dtype: torch.dtype) -> None:
     """The whole model in the official layout; adapters and token rows are merged in fp32. Training is over after it."""
     model = learner.model
-    for parameter in model.parameters():
-        parameter.data = parameter.data.float()
-    if any(learner.run.part(name).learn == "lora" for name in PARTS):
-        _merge(learner)
+    _cast(model.parameters(), torch.float32)
+    if _adapted(learner):
+        from internvl.models import adapters
+
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")  # merging compares outputs, which TF32 would blur
+        adapters.merge(model)
+        torch.set_float32_matmul_precision(precision)
     if learner.rows is not None:
         learner.rows.settle()
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    _cast(model.parameters(), dtype)
     save_checkpoint(model.eval(), tokenizer, out, layout="official")
 
 
-def _save_adapter(learner: Learner, part: str, out: Path) -> None:
-    from internvl.models import adapters  # peft, an extra
-
-    adapters.save(learner.model, out, part=part)
+def _adapted(learner: Learner) -> list[str]:
+    return [name for name in PARTS if learner.run.part(name).learn == "lora"]
 
 
-def _merge(learner: Learner) -> None:
-    from internvl.models import adapters
+def _cast(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+    for parameter in parameters:
+        parameter.data = parameter.data.to(dtype)
 
-    adapters.merge(learner.model)
+
+def _write(parameters: Iterable[tuple[str, nn.Parameter]], path: Path) -> None:
+    save_file({name: parameter.detach().cpu().contiguous() for name, parameter in parameters}, path)

@@ -175,10 +175,10 @@ def _token_rows(model: ChatModel, run: RunConfig, token_ids: Sequence[int]) -> T
         return None
     if run.language.learn == "full":
         raise ValueError(
-            "tokens.learn is on, but language.learn is 'full' learns the whole table; switch tokens.learn off"
+            "tokens.learn is on, but language.learn is 'full' learns the whole table; use --tokens.no-learn"
         )
     if not token_ids:
-        raise ValueError("tokens.learn is on, but the model has no tokenizer to name the rows; switch tokens.learn off")
+        raise ValueError("tokens.learn is on, but the model has no tokenizer to name the rows; use --tokens.no-learn")
     language = model.language.model
     return TokenRows(language.get_input_embeddings(), language.get_output_embeddings(), token_ids)
 
