@@ -24,6 +24,9 @@ Form = Literal["plain", "blocked", "int4"]
 KEYS_MULTIPLE = 64
 """Attention of a step runs over whole blocks of keys, so that its sums do not depend on the neighbours' lengths."""
 
+QUERY_BLOCK = {torch.bfloat16: 128, torch.float32: 64, torch.float16: 128}
+"""Queries of one block of a prompt (measured on two cores)."""
+
 EXACT_ROWS = 4
 """Rows of a bfloat16 product that give the same bits together as alone (measured: oneDNN changes kernels above)."""
 
@@ -144,8 +147,7 @@ class FusedDecoder:
             self.slots.values[index][row, :, :length] = v
             if layer is self.reading[-1]:
                 q, x = q[:, -1:], x[-1:]  # nothing above needs the other positions
-            seen = attend(q[None], k[None], v[None], causal=True, scale=self.scale)
-            x = self._finish(x, seen[0].transpose(0, 1).reshape(len(x), -1), layer)
+            x = self._finish(x, attend_causally(q, k, v, self.scale), layer)
         return self.head(self._normalise(x, self.norm))
 
     @torch.inference_mode()
@@ -219,6 +221,34 @@ class FusedDecoder:
         """RMSNorm in float32: the norm, with eps inside by hypot, in four operators."""
         norm = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
         return torch.div(x, norm.hypot_(self.eps)).mul_(weight).to(self.dtype)
+
+
+def attend_causally(
+    q: Float[Tensor, "heads queries head_width"],
+    k: Float[Tensor, "kv_heads keys head_width"],
+    v: Float[Tensor, "kv_heads keys head_width"],
+    scale: float,
+) -> Float[Tensor, "queries heads_width"]:
+    """Attention of the last positions of one sequence, without gradients.
+
+    On a CPU by blocks of queries, each against the keys up to its end, as plain products in which the heads that
+    share keys are rows of one matrix: 1.5 (float32) to 3.5 times (bfloat16) as fast as sdpa at 100 to 1,000 tokens.
+    """
+    (heads, queries, width), (kv_heads, keys, _) = q.shape, k.shape
+    if q.device.type != "cpu" or queries == 1:
+        seen = attend(q[None], k[None], v[None], causal=True, scale=scale)
+        return seen[0].transpose(0, 1).reshape(queries, -1)
+    size = QUERY_BLOCK[q.dtype]
+    out = torch.empty(queries, heads, width, dtype=q.dtype)
+    unseen = torch.full((size, size), -torch.inf, dtype=q.dtype).triu_(1)
+    q, group, before = q * scale, heads // kv_heads, keys - queries
+    for start in range(0, queries, size):
+        stop = min(start + size, queries)
+        rows, end = stop - start, before + stop
+        scores = torch.bmm(q[:, start:stop].reshape(kv_heads, group * rows, width), k[:, :end].transpose(1, 2))
+        scores.view(heads, rows, end)[:, :, -rows:].add_(unseen[:rows, :rows])
+        out[start:stop] = torch.bmm(scores.softmax(-1), v[:, :end]).view(heads, rows, width).transpose(0, 1)
+    return out.view(queries, -1)
 
 
 def _product(form: Form, linears: Sequence[nn.Linear]) -> Product:
