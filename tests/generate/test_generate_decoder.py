@@ -6,9 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from internvl.models.attention import attend
 from internvl.models.decoder import Decoder, PlainDecoder
-from internvl.models.fused import FusedDecoder, choose_decoder, why_not_fused
+from internvl.models.fused import FusedDecoder, attend_causally, choose_decoder, why_not_fused
 from internvl.models.language import LanguageModel
 from internvl.models.products import (
     GROUP,
@@ -102,6 +105,20 @@ def test_unmerged_adapters_are_not_skipped() -> None:
     adapted = Adapted(projection.in_features, projection.out_features, bias=False)
     language.model.model.layers[1].self_attn.q_proj = adapted
     assert isinstance(choose_decoder(language), PlainDecoder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(queries=st.integers(1, 300), before=st.integers(0, 40), heads=st.sampled_from([(1, 1), (4, 2), (9, 3)]))
+def test_attention_by_blocks_is_attention(
+    dtype: torch.dtype, queries: int, before: int, heads: tuple[int, int]
+) -> None:
+    q = torch.randn(heads[0], queries, 16).to(dtype)
+    k, v = (torch.randn(heads[1], before + queries, 16).to(dtype) for _ in range(2))
+    with torch.no_grad():
+        ours = attend_causally(q, k, v, 0.3)
+        wanted = attend(q[None].float(), k[None].float(), v[None].float(), causal=True, scale=0.3)[0]
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+    torch.testing.assert_close(ours.float(), wanted.transpose(0, 1).flatten(1), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("bias", [True, False])
