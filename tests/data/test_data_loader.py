@@ -134,6 +134,14 @@ def test_epochs_differ_and_seeds_repeat(sets: list[DataSet]) -> None:
     assert np.array_equal(Mixture(sets[:1], shuffle=False).epoch(7), np.arange(13))
 
 
+@pytest.mark.parametrize(("repeat", "times"), [(0.5, {0: 7, 1: 6}), (2.0, {2: 13}), (2.25, {2: 10, 3: 3})])
+def test_repeats(sets: list[DataSet], repeat: float, times: dict[int, int]) -> None:
+    mixture = Mixture([replace(sets[0], repeat=repeat)])
+    first, second = (np.bincount(mixture.epoch(epoch), minlength=13) for epoch in range(2))
+    assert Counter(first.tolist()) == Counter(second.tolist()) == times
+    assert repeat == 2 or not np.array_equal(first, second)  # the random part is drawn anew
+
+
 def test_an_epoch_without_records_is_an_error(sets: list[DataSet]) -> None:
     with pytest.raises(ValueError, match="13 records, none of them in an epoch; raise repeat_time"):
         next(iter(make([replace(sets[0], repeat=0.01)], SETTINGS["samples"])))
