@@ -15,8 +15,11 @@ from torch import Tensor
 
 from internvl.models.layers import onednn_is_faster, rows_by_matrix
 
-MIN_PRODUCT_LENGTH = 256
-"""Below it sdpa is not slower than matrix products on a CPU (benchmarks/vision.py)."""
+BY_HEAD_LENGTH = 384
+"""From here on matrix products head by head beat everything else on a CPU (benchmarks/vision.py)."""
+
+MIN_PLAIN_LENGTH = 64
+"""From here to BY_HEAD_LENGTH plain products of all heads beat sdpa in bfloat16; in float32 sdpa wins."""
 
 MAX_BARE_EXPONENT = 60.0
 """exp(60) summed over a hundred thousand keys is far from the largest bfloat16, exp(-60) from the smallest normal."""
@@ -67,10 +70,13 @@ def _attend_segments(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, causal: 
 
 
 def _products_are_faster(q: Tensor, k: Tensor) -> bool:
-    """Long rows on a CPU: sdpa's own loops reach 40 % of the rate of plain bfloat16 products, 55 % in float32."""
-    if q.device.type != "cpu" or min(q.shape[2], k.shape[2]) < MIN_PRODUCT_LENGTH or q.shape[1] != k.shape[1]:
+    """On a CPU without mask: sdpa's own loops reach 40 % of the rate of bfloat16 products, 55 % in float32."""
+    length = min(q.shape[2], k.shape[2])
+    if q.device.type != "cpu" or q.shape[1] != k.shape[1]:
         return False
-    return q.dtype == torch.bfloat16 or (onednn_is_faster(q) and not _learns(q, k))
+    if q.dtype == torch.bfloat16:
+        return length >= MIN_PLAIN_LENGTH
+    return length >= BY_HEAD_LENGTH and onednn_is_faster(q) and not _learns(q, k)
 
 
 def _learns(*tensors: Tensor) -> bool:
@@ -78,8 +84,8 @@ def _learns(*tensors: Tensor) -> bool:
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Attention as two matrix products a head, so that the scores stay in the cache."""
-    if _learns(q, k, v):
+    """Attention as two matrix products; long rows a head at a time, so that the scores stay in the cache."""
+    if _learns(q, k, v) or min(q.shape[2], k.shape[2]) < BY_HEAD_LENGTH:
         return torch.matmul((q * scale @ k.transpose(-1, -2)).softmax(-1), v)
     wide = q.dtype == torch.float32
     product = rows_by_matrix if wide else F.linear
