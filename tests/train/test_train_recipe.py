@@ -267,3 +267,18 @@ def test_bfloat16_runs_leave_bfloat16_and_parts_that_agree(inputs: Path, tmp_pat
     assert {value.dtype for value in trained.values()} == {torch.bfloat16}
     connector = load_file(tmp_path / "parts" / "connector.safetensors")
     assert torch.equal(connector["fc1.weight"], trained["mlp1.1.weight"])
+
+
+def test_records_left_out_are_counted_and_named(inputs: Path, tmp_path: Path) -> None:
+    lines = (inputs / "records.jsonl").read_text().splitlines(keepends=True)
+    lines[4] = lines[4].replace(".png", "-gone.png")
+    (tmp_path / "records.jsonl").write_text("".join(lines))
+    run = tiny_run(inputs, tmp_path / "out", schedule=Schedule(epochs=1.0))
+    run = replace(run, data=replace(run.data, meta=str(tmp_path / "records.jsonl")))
+    with pytest.raises(ValueError, match=r"records\.jsonl:5: .*-gone\.png"):
+        run_here(run)
+    run = replace(run, out=str(tmp_path / "skips"), data=replace(run.data, on_error="skip"))
+    run_here(run)
+    last = json.loads((tmp_path / "skips" / "metrics.jsonl").read_text().splitlines()[-2])
+    assert last["skipped"] == 1
+    assert (tmp_path / "skips" / "skipped.txt").read_text().startswith(f"{tmp_path / 'records.jsonl'}:5\t")

@@ -54,6 +54,7 @@ class Records:
 
     def __init__(self, num_records: int, batch: int) -> None:
         self.num_records, self.batch, self.position = num_records, batch, 0
+        self.num_cut, self.skipped = 0, dict[str, str]()
 
     def __iter__(self) -> Iterator[ChatBatch]:
         while True:

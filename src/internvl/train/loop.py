@@ -214,9 +214,13 @@ class Trainer:
     def _check_finite(self) -> None:
         """Name the first step since the last look whose loss or gradient is not a number, and its samples."""
         unchecked = [entry for entry in self.recent if entry[0] > self.last.get("checked", 0)]
-        for step, names, losses, norm in unchecked:
-            values = {**losses, "gradient norm": norm}
-            bad = [f"{name} is {float(value)}" for name, value in values.items() if not math.isfinite(float(value))]
+        if not unchecked:
+            return
+        # one copy from the device
+        found = torch.stack([torch.stack([*losses.values(), norm]) for _, _, losses, norm in unchecked]).tolist()
+        for (step, names, losses, _), values in zip(unchecked, found, strict=True):
+            pairs = zip([*losses, "gradient norm"], values, strict=True)
+            bad = [f"{name} is {value}" for name, value in pairs if not math.isfinite(value)]
             if bad:
                 listing = self.out / "not_finite.txt"
                 checkpoint.replace_text(listing, names.replace(", ", "\n") + "\n")
@@ -237,9 +241,19 @@ class Trainer:
         line |= {f"loss_{name}": value for name, value in means.items()} if len(means) > 1 else {}
         line |= {"lr": self.last["lr"], "grad_norm": float(self.recent[-1][3]), "elapsed_s": round(self.elapsed_s, 3)}
         line |= {**self.meter.read(), "memory_mb": log.memory_mb(self.device)}
+        line |= self._lost()
         self.recent.clear()
         self.last["loss"] = total
         self._write(line)
+
+    def _lost(self) -> dict[str, int]:
+        """Counts of what the data lost, its records named in a file; empty where nothing is lost."""
+        num_cut, skipped = self.stage.lost()
+        if len(skipped) > self.last.get("skipped", 0):
+            text = "".join(f"{source}\t{why}\n" for source, why in sorted(skipped.items()))
+            checkpoint.replace_text(self.out / "skipped.txt", text)
+            self.last["skipped"] = len(skipped)
+        return {name: count for name, count in (("skipped", len(skipped)), ("cut", num_cut)) if count}
 
     def _evaluate(self) -> bool:
         """Measure; True when this is the best so far."""

@@ -207,6 +207,9 @@ class Stage(Protocol):
     def describe(self, batch: Any) -> str:
         """Names the samples of a batch, for error messages."""
 
+    def lost(self) -> tuple[int, Mapping[str, str]]:
+        """How many samples were cut so far; file and line of each record left out, and why."""
+
     def export(self, learner: Learner, out: Path) -> None:
         """Write folders below `out`: the trained model, and what learned beside it."""
 

@@ -129,6 +129,9 @@ class Sft:
     def describe(self, batch: ChatBatch) -> str:
         return self.loader.describe(batch)
 
+    def lost(self) -> tuple[int, Mapping[str, str]]:
+        return self.loader.num_cut, self.loader.skipped
+
     def evaluate(self, device: torch.device) -> dict[str, float]:
         """Mean loss over the held-out records, weighted as in training."""
         if self.held_out is None:
