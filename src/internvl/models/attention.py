@@ -48,9 +48,11 @@ def attend(
     causal = causal and mask is None and queries > 1
     if not causal and mask is None and _products_are_faster(q, k):
         return _products(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
-    )
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        # sdpa's fast CUDA kernels take fewer key heads only in half precision and without a mask.
+        k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=groups > 1)
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "1 1 queries keys"]:
