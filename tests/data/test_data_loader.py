@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -206,6 +207,8 @@ def test_counts_are_kept_until_the_file_or_a_setting_changes(sets: list[DataSet]
     assert len(kept) == 1
     np.save(kept[0], first + 1)
     assert np.array_equal(make(sets[:1], SETTINGS["tokens"])._counts, first + 1)
+    os.utime(sets[0].annotation, (1, 1))
+    assert np.array_equal(make(sets[:1], SETTINGS["tokens"])._counts, first)
     other = Loader(sets[:1], replace(loader.encoder, max_length=300, overlong="cut"), 0, SETTINGS["tokens"], workers=2)
     assert np.array_equal(other._counts, np.minimum(first, [300, 99]))
 

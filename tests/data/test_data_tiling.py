@@ -120,7 +120,9 @@ def _two_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_two_threads")
-@pytest.mark.parametrize("size", [(600, 403), (403, 600), (1, 700), (700, 1), (500, 112), (112, 500), (448, 224)])
+@pytest.mark.parametrize(
+    "size", [(600, 403), (403, 600), (1, 700), (700, 1), (500, 112), (112, 500), (448, 224), (2, 439), (4, 451)]
+)
 @pytest.mark.parametrize("threads", [2, 3, 5])
 def test_threads_give_the_same_bytes(size: tuple[int, int], threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_threads, "_WORTH_THREADS", 0)

@@ -1,7 +1,7 @@
 """Pillow's bicubic resize on several threads, as planes: the same bytes, since bands share nothing.
 
-Pillow resizes along rows, rounds, then along columns. Rows do not see each other in the first pass, columns not in the
-second, so bands of them give what the whole gives. Pillow releases the interpreter lock meanwhile.
+Pillow 12 resizes along rows, rounds, then along columns. Rows do not see each other in the first pass, columns not in
+the second, so bands of them give what the whole gives. Pillow releases the interpreter lock meanwhile.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
+import PIL
 from jaxtyping import UInt8
 from PIL import Image
 
 from internvl.data.threads import spread, threads_for
 
 BICUBIC = Image.Resampling.BICUBIC
+_PILLOW = int(PIL.__version__.split(".")[0])
 Grid = UInt8[np.ndarray, "_ _ 3 side side"]
 """Rows and columns of square tiles of three planes, as they lie in the picture."""
 
@@ -24,20 +26,28 @@ def planes(image: Image.Image, *grids: Grid) -> None:
     if image.mode != "RGB":
         raise ValueError(f"a picture of mode {image.mode}; make it RGB with open_image first")
     threads = threads_for(image.width * image.height + sum(grid.size // 3 for grid in grids))
+    if threads == 1 or not _rows_come_first(image):
+        spread(lambda grid: _write(image, grid), grids, threads)
+        return
     bands = [image]
-    if threads > 1 and any(_width(grid) != image.width for grid in grids):
+    if any(_width(grid) != image.width for grid in grids):
         edges = [round(band * image.height / threads) for band in range(threads + 1)]
         bands = [image.crop((0, top, image.width, bottom)) for top, bottom in pairwise(edges) if bottom > top]
     for grid in grids:
-        if threads == 1 or image.size == (_width(grid), _height(grid)):
-            _write(image.resize((_width(grid), _height(grid)), BICUBIC), grid)
+        if image.size == (_width(grid), _height(grid)):
+            _write(image, grid)
         else:
             _resize(bands, grid, threads)
 
 
-def _write(whole: Image.Image, grid: Grid) -> None:
+def _rows_come_first(image: Image.Image) -> bool:
+    # Pillow 12 (Image.resize) begins with the columns of pictures a hundred times as tall as wide; 13 has another rule.
+    return _PILLOW < 13 and image.height <= 100 * image.width
+
+
+def _write(image: Image.Image, grid: Grid) -> None:
     rows, columns, _, side, _ = grid.shape
-    for channel, plane in enumerate(whole.split()):
+    for channel, plane in enumerate(image.resize((columns * side, rows * side), BICUBIC).split()):
         grid[:, :, channel] = np.asarray(plane).reshape(rows, side, columns, side).transpose(0, 2, 1, 3)
 
 
