@@ -87,12 +87,13 @@ class FusedDecoder:
         self.flat: list[tuple[Tensor, Tensor]] = []
         self.turns = torch.empty(0, self.head_width // 2, dtype=torch.complex64, device=device)
         self.exact_rows = EXACT_ROWS if exact and form == "blocked" and self.dtype == torch.bfloat16 else None
-        # Prompts are read with the weights as they are; 4-bit blocks serve the steps, where memory traffic decides.
-        reading: Form = "blocked" if form == "int4" and blocked_is_available(self.dtype) else form
+        # Prompts, and the output head, are read with the weights as they are: 4-bit blocks serve the layers of the
+        # steps, where memory traffic decides (a 4-bit head alone costs 0.05 nats of KL, docs/chat.md).
+        reading: Form = form if form != "int4" else "blocked" if blocked_is_available(self.dtype) else "plain"
         self.layers = [self._layer(layer, form) for layer in model.model.layers]
         self.reading = self.layers if reading == form else [self._layer(layer, reading) for layer in model.model.layers]
         self.norm = self._norm_weight(model.model.norm)
-        self.head: Product = _product(form, [model.lm_head])
+        self.head: Product = _product(reading, [model.lm_head])
 
     # weights
 

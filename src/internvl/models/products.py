@@ -17,6 +17,8 @@ GROUP = 32
 LEVELS = 15
 MIDDLE = 8
 """The kernel computes (q - 8) * scale + zero."""
+FIT_ROUNDS = 4
+SMALLEST_SCALE = 1e-30
 ROWS_MULTIPLE = 64
 """Output rows that the 4-bit kernel takes together."""
 
@@ -105,18 +107,35 @@ class FourBitProduct:
 
 
 def quantise(weight: Float[Tensor, "out in"]) -> tuple[Tensor, Tensor]:
-    """Levels 0..15 (int32) and, for every group, scale and zero (bfloat16) so that w = (level - 8) scale + zero."""
+    """Levels 0..15 (int32) and, for every group, scale and zero (bfloat16) so that w = (level - 8) scale + zero.
+
+    From the extremes of a group, then a few rounds of least squares for scale and zero; the best round counts.
+    Weights that were such blocks before come back as they were (KL to the unrounded model: docs/chat.md).
+    """
     out, width = weight.shape
     if width % GROUP:
         raise ValueError(f"a matrix of width {width}: 4-bit weights need a multiple of {GROUP}; use dtype bfloat16")
     groups = weight.float().view(out, width // GROUP, GROUP)
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    # What the kernel will multiply with, so that rounding the scale is made up for by the levels.
-    scale = ((high - low) / LEVELS).bfloat16().float().clamp(min=torch.finfo(torch.bfloat16).tiny)
-    zero = (low + MIDDLE * scale).bfloat16().float()
-    levels = ((groups - zero) / scale).round_().add_(MIDDLE).clamp_(0, LEVELS)
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    scale, mean = (high - low) / LEVELS, groups.mean(-1, keepdim=True)
+    zero = low + MIDDLE * scale
+    best: tuple[Tensor, ...] = ()
+    for _ in range(FIT_ROUNDS):
+        # What the kernel multiplies with: levels make up for the rounding of scale and zero.
+        scale, zero = scale.bfloat16().float().clamp_(min=SMALLEST_SCALE), zero.bfloat16().float()
+        levels = ((groups - zero) / scale).round_().clamp_(-MIDDLE, LEVELS - MIDDLE)
+        error = torch.addcmul(zero, levels, scale).sub_(groups).square_().sum(-1, keepdim=True)
+        now = (error, levels, scale, zero)
+        best = (
+            tuple(torch.where(error < best[0], new, old) for new, old in zip(now, best, strict=True)) if best else now
+        )
+        around = levels - levels.mean(-1, keepdim=True)
+        spread = around.square().sum(-1, keepdim=True).clamp_(min=SMALLEST_SCALE)
+        scale = (around * groups).sum(-1, keepdim=True) / spread
+        zero = mean - scale * levels.mean(-1, keepdim=True)
+    _, levels, scale, zero = best
     stacked = torch.stack([scale.squeeze(-1).t(), zero.squeeze(-1).t()], -1)
-    return levels.view(out, width).int(), stacked.bfloat16().contiguous()
+    return levels.add_(MIDDLE).view(out, width).int(), stacked.bfloat16().contiguous()
 
 
 def blocked_is_available(dtype: torch.dtype) -> bool:
