@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_stage import Records, collate, tiny_run, tiny_stage
 
+from internvl.train.checkpoint import check_folder
 from internvl.train.log import read_metrics
-from internvl.train.loop import Trainer, check_folder, train
+from internvl.train.loop import Trainer, train
 from internvl.train.run import Data, Optimiser, Part, RunConfig, Schedule, Tokens
 
 

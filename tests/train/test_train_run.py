@@ -82,6 +82,7 @@ def test_read_run_takes_file_or_folder(tmp_path: Path) -> None:
         ({"schedule": Schedule(steps=0)}, r"schedule\.steps is 0"),
         ({"accumulate": 0}, "accumulate is 0"),
         ({"connector": Part("lora")}, "full or frozen"),
+        ({"vision": Part("lora", layers_from=-4)}, r"vision\.layers_from is -4"),
     ],
 )
 def test_bad_values_are_refused(changes: dict[str, object], message: str) -> None:

@@ -87,7 +87,8 @@ def configure(asked: Asked) -> RunConfig:
 
 
 def _train(run: RunConfig, asked: Asked) -> int:
-    from internvl.train.loop import check_folder, export_latest, train
+    from internvl.train.checkpoint import check_folder
+    from internvl.train.loop import export_latest, train
     from internvl.train.stages import open_stage
 
     check_folder(run, True if asked.export else asked.resume)  # before minutes of loading

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from internvl.train.run import RunConfig, differences, read_run
 from internvl.train.trainable import Learner
 
 FORMAT = 1
@@ -87,6 +88,21 @@ class Checkpoints:
         for path in steps:
             if path not in kept:
                 shutil.rmtree(path)
+
+
+def check_folder(run: RunConfig, resume: bool | None = None) -> Path | None:
+    """The checkpoint that this run goes on from; ValueError where the folder holds another run."""
+    out = Path(run.out)
+    found = Checkpoints(out, run.keep).latest()
+    if found is None:
+        if resume:
+            raise ValueError(f"{out} holds no checkpoint; leave --resume out to begin there")
+        return None
+    if resume is False:
+        raise ValueError(f"{out} already holds {found.name}; give another --out, or leave --no-resume out to go on")
+    if changed := differences(read_run(out), run):
+        raise ValueError(f"{out} holds a run with other settings ({'; '.join(changed)}); give another --out")
+    return found
 
 
 def restore(path: Path, learner: Learner, optimizer: torch.optim.Optimizer) -> State:

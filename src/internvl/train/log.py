@@ -99,7 +99,7 @@ class Reporter:
 
     def line(self, line: Mapping[str, Any]) -> None:
         text = "  ".join(f"{key} {_short(value)}" for key, value in line.items() if key in SHOWN)
-        if self.console.is_terminal:
+        if self.console.is_terminal and "loss" in line:  # evaluations stay on the screen
             self._bar.update(self._task, description=text)
         else:
             self.console.print(text, highlight=False, soft_wrap=True)

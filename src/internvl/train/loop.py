@@ -23,7 +23,7 @@ from torch import Tensor
 from internvl.train import checkpoint, log, optim, trainable
 from internvl.train.feed import Feed, Item
 from internvl.train.process import choose_device, stop_on_signal
-from internvl.train.run import RunConfig, Stage, differences, read_run, to_json
+from internvl.train.run import RunConfig, Stage, to_json
 
 Evaluator = Callable[[torch.device], Mapping[str, float]]
 """Called with the model in evaluation mode, without gradients; names the numbers that it measured."""
@@ -58,7 +58,7 @@ def train(
     `resume` True insists on a checkpoint, False refuses one, None takes what it finds.
     """
     out = Path(run.out)
-    found = check_folder(run, resume)
+    found = checkpoint.check_folder(run, resume)
     checkpoint.replace_text(out / "run.json", json.dumps(to_json(run), indent=2) + "\n")
     trainer = Trainer(run, stage, evaluators, reporter)
     if found is not None:
@@ -72,27 +72,12 @@ def train(
 
 def export_latest(run: RunConfig, stage: Stage) -> Result:
     """Write the trained model from the latest checkpoint, wherever the run stands."""
-    found = check_folder(run, resume=True)
+    found = checkpoint.check_folder(run, resume=True)
     assert found is not None
     trainer = Trainer(run, stage, (), None)
     trainer.resume(found)
     trainer.export()
     return Result(trainer.step, trainer.step >= trainer.num_steps, {})
-
-
-def check_folder(run: RunConfig, resume: bool | None = None) -> Path | None:
-    """The checkpoint that this run goes on from; ValueError where the folder holds another run."""
-    out = Path(run.out)
-    found = checkpoint.Checkpoints(out, run.keep).latest()
-    if found is None:
-        if resume:
-            raise ValueError(f"{out} holds no checkpoint; leave --resume out to begin there")
-        return None
-    if resume is False:
-        raise ValueError(f"{out} already holds {found.name}; give another --out, or leave --no-resume out to go on")
-    if changed := differences(read_run(out), run):
-        raise ValueError(f"{out} holds a run with other settings ({'; '.join(changed)}); give another --out")
-    return found
 
 
 class Trainer:
@@ -304,7 +289,9 @@ class Trainer:
 
     def _draw(self) -> None:
         self.drawn_s = time.monotonic()
-        if importlib.util.find_spec("matplotlib") is not None:
+        if importlib.util.find_spec("matplotlib") is None:
+            self.reporter.say("no loss.png, which needs: pip install 'internvl[train]'")
+        else:
             log.draw_curve(self.out / "metrics.jsonl", self.out / "loss.png")
 
     def _write(self, line: Mapping[str, Any]) -> None:

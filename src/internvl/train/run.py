@@ -240,6 +240,13 @@ def _check(run: RunConfig) -> None:
     for name, value in positive.items():
         if value is not None and value <= 0:
             raise ValueError(f"{name} is {value}; it must be above 0")
+    for name in PARTS:
+        part = run.part(name)
+        if part.layers_from and (part.learn != "full" or name == "connector"):
+            raise ValueError(
+                f"{name}.layers_from is {part.layers_from} but {name}.learn is {part.learn!r}; it chooses among the "
+                "blocks of a vision or language part that is full"
+            )
     if run.connector.learn == "lora":
         raise ValueError("connector.learn is 'lora'; the connector is small: use full or frozen")
 

@@ -147,8 +147,10 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def _adapt(model: ChatModel, name: str, part: Part, precision: str) -> None:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError as error:
+        raise ValueError(f"{name}.learn is 'lora', which needs: pip install 'internvl[train]'") from error
     from internvl.models.adapters import add_adapters
 
     add_adapters(model, part.rank, alpha=part.alpha or 2 * part.rank, dropout=part.dropout, parts=(name,))
