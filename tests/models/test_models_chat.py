@@ -14,6 +14,7 @@ from internvl.convert.keys import expand
 from internvl.convert.official import official_rules
 from internvl.models.build import build, initialise
 from internvl.models.chat import ChatModel
+from internvl.models.language import padding_mask
 from internvl.zoo import CHAT
 from reference import golden_tensors, official_model
 from tiny import FAMILIES, IMAGE_TOKEN_ID, tiny_batch, tiny_model
@@ -176,6 +177,14 @@ def test_cached_is_uncached(family: str) -> None:
         steps = [model(ids[:, :9], tiles, cache=cache)]  # the tile's places are 5 to 8
         steps += [model(ids[:, 9:12], cache=cache), model(ids[:, 12:13], cache=cache), model(ids[:, 13:], cache=cache)]
     assert_close(torch.cat(steps, dim=1), whole, **CLOSE)
+
+
+def test_every_query_sees_something() -> None:
+    seen = torch.tensor([[False, False, True, True], [True, True, True, False]])
+    mask = padding_mask(seen, 4)
+    assert mask[0, 0].tolist() == [[True] * 4, [True] * 4, [False, False, True, False], [False, False, True, True]]
+    assert mask[1, 0].tolist() == [[True, False, False, False], [True, True, False, False], *[[True] * 3 + [False]] * 2]
+    assert padding_mask(torch.ones(2, 4, dtype=torch.bool), 4) is None
 
 
 def test_a_padding_mask_covers_the_cache() -> None:

@@ -197,7 +197,7 @@ def test_query_norm_is_over_all_heads_in_float32() -> None:
     norm = RMSNorm(64, 1e-6)
     x = 100 * torch.randn(2, 5, 64, dtype=torch.bfloat16)
     wanted = (x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()).bfloat16()
-    assert_close(norm.to(torch.bfloat16)(x), wanted)
+    assert (norm.to(torch.bfloat16)(x) == wanted).float().mean() > 0.99  # sums in bfloat16 would be off in a third
     vit = random_vit(VIT_TINY_6B)
     assert vit.layers[0].attention.q_norm.weight.shape == (64,)
     tiles = torch.randn(1, 3, 56, 56)

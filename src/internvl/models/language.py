@@ -156,7 +156,7 @@ def padding_mask(seen: Bool[Tensor, "rows keys"], queries: int) -> Bool[Tensor, 
     if seen.device.type == "cpu" and bool(seen.all()):
         return None
     allowed = causal_mask(queries, seen.shape[1], seen.device) & seen[:, None, None, :]
-    return allowed | ~allowed.any(-1, keepdim=True)  # a padded query that sees nothing would be NaN
+    return allowed | ~allowed.any(-1, keepdim=True)  # one that sees nothing is NaN in some kernels
 
 
 def segment_positions(segments: Int[Tensor, "bounds"], device: torch.device) -> Int[Tensor, "1 length"]:
