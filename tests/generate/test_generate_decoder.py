@@ -95,6 +95,15 @@ def test_the_fastest_fitting_decoder_is_chosen() -> None:
         choose_decoder(tiny_model("phi3", dtype=torch.bfloat16).language, int4=True)
 
 
+def test_a_second_copy_of_the_weights_is_made_only_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("internvl.models.fused.free_memory", lambda: 1e5)
+    assert isinstance(choose_decoder(tiny_model().language), PlainDecoder)
+    decoder = choose_decoder(tiny_model(dtype=torch.bfloat16).language, int4=True)
+    assert isinstance(decoder, FusedDecoder)
+    assert {type(layer.qkv) for layer in decoder.reading} == {PlainProduct}
+    assert {type(layer.qkv) for layer in decoder.layers} == {FourBitProduct}
+
+
 def test_unmerged_adapters_are_not_skipped() -> None:
     language = tiny_model().language
     projection = language.model.model.layers[1].self_attn.q_proj

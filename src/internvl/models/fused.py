@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,9 @@ KEYS_MULTIPLE = 64
 QUERY_BLOCK = {torch.bfloat16: 128, torch.float32: 64, torch.float16: 128}
 """Queries of one block of a prompt (measured on two cores)."""
 
+SHARE_OF_MEMORY = 0.5
+"""Of what is free, for a second copy of the language model in oneDNN's layout."""
+
 EXACT_ROWS = 4
 """Rows of a bfloat16 product that give the same bits together as alone (measured: oneDNN changes kernels above)."""
 
@@ -35,12 +39,22 @@ def choose_decoder(language: LanguageModel, *, int4: bool = False, exact: bool =
     """The fastest decoder that fits the model, its device and the memory that is free."""
     reason = why_not_fused(language)
     weight = language.model.get_input_embeddings().weight
-    if reason is None and weight.device.type == "cpu":
-        form: Form = "int4" if int4 else "blocked" if blocked_is_available(weight.dtype) else "plain"
-        return FusedDecoder(language, form, exact=exact)
+    if weight.device.type != "cpu":
+        reason = f"the device is {weight.device.type}, not cpu"
     if int4:
-        raise ValueError(f"4-bit weights: {reason or f'the device is {weight.device.type}, not cpu'}; use bfloat16")
-    return PlainDecoder(language)
+        if reason is not None:
+            raise ValueError(f"4-bit weights: {reason}; use dtype bfloat16")
+        return FusedDecoder(language, "int4", exact=exact)
+    if reason is not None or _copy_form(language) != "blocked":
+        return PlainDecoder(language)
+    return FusedDecoder(language, "blocked", exact=exact)
+
+
+def free_memory() -> float:
+    """Bytes that the system could give out now; without limit where it does not tell."""
+    path = Path("/proc/meminfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), float("inf"))
 
 
 def why_not_fused(language: LanguageModel) -> str | None:
@@ -89,7 +103,7 @@ class FusedDecoder:
         self.exact_rows = EXACT_ROWS if exact and form == "blocked" and self.dtype == torch.bfloat16 else None
         # Prompts, and the output head, are read with the weights as they are: 4-bit blocks serve the layers of the
         # steps, where memory traffic decides (a 4-bit head alone costs 0.05 nats of KL, docs/chat.md).
-        reading: Form = form if form != "int4" else "blocked" if blocked_is_available(self.dtype) else "plain"
+        reading: Form = form if form != "int4" else _copy_form(language)
         self.layers = [self._layer(layer, form) for layer in model.model.layers]
         self.reading = self.layers if reading == form else [self._layer(layer, reading) for layer in model.model.layers]
         self.norm = self._norm_weight(model.model.norm)
@@ -250,6 +264,13 @@ def attend_causally(
         scores.view(heads, rows, end)[:, :, -rows:].add_(unseen[:rows, :rows])
         out[start:stop] = torch.bmm(scores.softmax(-1), v[:, :end]).view(heads, rows, width).transpose(0, 1)
     return out.view(queries, -1)
+
+
+def _copy_form(language: LanguageModel) -> Form:
+    """ "blocked" where a second copy of the weights can be made and fits, else "plain"."""
+    copy = sum(parameter.nbytes for parameter in language.parameters())
+    fits = copy <= SHARE_OF_MEMORY * free_memory()
+    return "blocked" if fits and blocked_is_available(language.model.lm_head.weight.dtype) else "plain"
 
 
 def _product(form: Form, linears: Sequence[nn.Linear]) -> Product:
