@@ -59,11 +59,14 @@ def parts(dtype: torch.dtype, best: Callable[[Callable[[], Any]], float]) -> flo
     for new, old in ((3 * width, width), (width, width), (CONFIG.mlp_width, width), (width, CONFIG.mlp_width)):
         x, weight = torch.randn(length, old).to(dtype), torch.randn(new, old).to(dtype)
         seconds += min(best(partial(F.linear, x, weight)), best(partial(rows_by_matrix, x, weight)))
-    q = torch.randn(length, width // heads).to(dtype)
-    weights = torch.randn(length, length).to(dtype)
-    scores = min(best(partial(F.linear, q, q)), best(partial(rows_by_matrix, q, q)))
-    mixed = min(best(partial(F.linear, weights, q.t())), best(partial(rows_by_matrix, weights, q.t())))
-    products = heads * (scores + mixed + best(weights.exp2))
+    q = torch.randn(heads, length, width // heads).to(dtype)
+    weights = torch.randn(heads, length, length).to(dtype)
+    columns, keys = q.transpose(0, 1).flatten(1), q.reshape(-1, width // heads)
+    flat, values = weights.transpose(0, 1).flatten(1), q.transpose(1, 2).reshape(-1, length)
+    plain = best(partial(torch.matmul, q, q.transpose(1, 2))) + best(partial(torch.matmul, weights, q))
+    grouped = best(partial(rows_by_matrix, columns, keys, groups=heads))
+    grouped += best(partial(rows_by_matrix, flat, values, groups=heads))
+    products = min(plain, grouped) + best(weights.exp2_ if dtype == torch.float32 else weights.exp_)
     return CONFIG.depth * (seconds + products)
 
 

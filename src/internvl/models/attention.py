@@ -15,14 +15,18 @@ from torch import Tensor
 
 from internvl.models.layers import onednn_is_faster, rows_by_matrix
 
-BY_HEAD_LENGTH = 384
-"""From here on matrix products head by head beat everything else on a CPU (benchmarks/vision.py)."""
+LONG = 384
+"""From here on bare exponents, and in float32 oneDNN's products, win on a CPU (benchmarks/vision.py)."""
 
 MIN_PLAIN_LENGTH = 64
-"""From here to BY_HEAD_LENGTH plain products of all heads beat sdpa in bfloat16; in float32 sdpa wins."""
+"""From here to LONG plain products beat sdpa in bfloat16; in float32 sdpa wins."""
+
+MAX_SCORES = 2**23
+"""Scores held at once: more leave the cache, and memory that the allocator gives back after every layer."""
 
 MAX_BARE_EXPONENT = 60.0
-"""exp(60) summed over a hundred thousand keys is far from the largest bfloat16, exp(-60) from the smallest normal."""
+"""Scores up to it need no row maximum taken away before the exponential:
+exp(60) summed over a hundred thousand keys is far from the largest bfloat16, exp(-60) from the smallest normal."""
 
 
 def attend(
@@ -78,7 +82,7 @@ def _products_are_faster(q: Tensor, k: Tensor) -> bool:
         return False
     if q.dtype == torch.bfloat16:
         return length >= MIN_PLAIN_LENGTH
-    return length >= BY_HEAD_LENGTH and onednn_is_faster(q) and not _learns(q, k)
+    return length >= LONG and onednn_is_faster(q) and not _learns(q, k)
 
 
 def _learns(*tensors: Tensor) -> bool:
@@ -86,21 +90,32 @@ def _learns(*tensors: Tensor) -> bool:
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Attention as two matrix products; long rows a head at a time, so that the scores stay in the cache."""
-    if _learns(q, k, v) or min(q.shape[2], k.shape[2]) < BY_HEAD_LENGTH:
+    """Attention as two matrix products of all heads; long rows one batch item and some queries at a time."""
+    if _learns(q, k, v) or min(q.shape[2], k.shape[2]) < LONG:
         return torch.matmul((q * scale @ k.transpose(-1, -2)).softmax(-1), v)
-    wide = q.dtype == torch.float32
-    product = rows_by_matrix if wide else F.linear
-    base = math.log2(math.e) if wide else 1.0  # exp2 is four times as fast as exp, but only in float32
-    limits = scale * q.norm(dim=-1).amax(-1).float() * k.norm(dim=-1).amax(-1).float()
-    q = q * (scale * base)
-    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
-    for item, row in enumerate(limits.tolist()):
-        for head, limit in enumerate(row):
-            scores = product(q[item, head], k[item, head])
-            if limit <= MAX_BARE_EXPONENT:  # cannot overflow: the row maximum need not be found and taken away
-                weights = scores.exp2_() if wide else scores.exp_()
-            else:
-                weights = (scores / base).softmax(-1)
-            torch.div(product(weights, v[item, head].t()), weights.sum(-1, keepdim=True), out=out[item, :, head])
-    return out.transpose(1, 2)
+    bare = bool(scale * q.norm(dim=-1).max().float() * k.norm(dim=-1).max().float() <= MAX_BARE_EXPONENT)
+    some = _some_in_float32 if q.dtype == torch.float32 else _some_in_bfloat16
+    at_once = max(1, MAX_SCORES // (k.shape[1] * k.shape[2]))
+    items = [
+        torch.cat([some(part, keys, values, scale, bare) for part in queries.split(at_once, dim=1)], dim=1)
+        for queries, keys, values in zip(q, k, v, strict=True)
+    ]
+    return torch.stack(items)
+
+
+def _some_in_bfloat16(q: Tensor, k: Tensor, v: Tensor, scale: float, bare: bool) -> Tensor:
+    scores: Tensor = q * scale @ k.transpose(1, 2)
+    weights = scores.exp_() if bare else scores.softmax(-1)
+    return torch.div(weights @ v, weights.sum(-1, keepdim=True))
+
+
+def _some_in_float32(q: Tensor, k: Tensor, v: Tensor, scale: float, bare: bool) -> Tensor:
+    """Each head is a group of columns; its keys, and then its values, are the matrix of that group."""
+    heads, keys, head_width = k.shape
+    scale *= math.log2(math.e)  # exp2 is four times as fast as exp
+    columns = (q * scale).transpose(0, 1).flatten(1)
+    scores = rows_by_matrix(columns, k.reshape(-1, head_width), groups=heads).unflatten(1, (heads, keys))
+    weights = scores.exp2_() if bare else (scores * math.log(2)).softmax(-1)
+    out = rows_by_matrix(weights.flatten(1), v.transpose(1, 2).reshape(-1, keys), groups=heads)
+    out = torch.div(out.unflatten(1, (heads, -1)), weights.sum(-1, keepdim=True))
+    return torch.transpose(out, 0, 1)
