@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from internvl.tokens import IMAGE_TOKEN
 from internvl.zoo import CHAT
 
 LAYOUTS = ("official", "native")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 EMBEDDING, HEAD = "language.model.model.embed_tokens.weight", "language.model.lm_head.weight"
 
 
@@ -174,10 +174,17 @@ def _current(key: str, layout: str) -> str:
 
 def _tokenizer(folder: Path, model: ChatModel) -> Any:
     """The folder's tokenizer, from its files alone; None where it has none."""
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
+    if (folder / "tokenizer.json").exists():  # exactly that file: transformers 5 would rebuild it by its class name
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    if not any((folder / name).exists() for name in ("tokenizer.model", "vocab.json")):
+        return None
+    if (folder / "tokenizer.model").exists() and find_spec("sentencepiece") is None:
+        raise ValueError(f"{folder / 'tokenizer.model'}: reading it needs: pip install 'internvl[slow-tokenizers]'")
+    if model.config.language.family == "internlm2":  # InternLM2Tokenizer is remote code around a SentencePiece model
+        options = {"legacy": False, "add_bos_token": True, "add_prefix_space": False}
+        return LlamaTokenizer.from_pretrained(str(folder), local_files_only=True, **options)
     return AutoTokenizer.from_pretrained(
         str(folder), config=model.language.model.config, local_files_only=True, trust_remote_code=False
     )

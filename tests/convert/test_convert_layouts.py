@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from internvl.config import ChatConfig, VisionConfig
 from internvl.convert.files import open_weights, write_weights
@@ -20,6 +22,7 @@ from internvl.convert.official import from_official, official_rules, to_official
 from internvl.load import load_checkpoint, save_checkpoint
 from internvl.models.build import build
 from internvl.models.chat import ChatModel
+from reference import golden
 from tiny import FAMILIES, tiny_batch, tiny_chat_config, tiny_model, tiny_tokenizer
 
 NATIVE = ("llama", "qwen2", "internlm2")
@@ -409,6 +412,37 @@ def test_loaded_weights_are_not_views_of_the_file(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"\0" * 1000)
     shutil.rmtree(folder)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+TEXTS = (
+    "<img><IMG_CONTEXT></img>\nHello world",
+    " a cat  sitting",
+    "<|im_start|>user\nWhat?<|im_end|>\n",
+    "中文 é",
+    "a\n\nb",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [("llama", "llama"), ("qwen", "qwen2"), ("phi3", "phi3"), ("internlm2", "internlm2")]
+)
+def test_the_tokenizer_is_the_one_of_the_file(folder: Path, name: str, family: str) -> None:
+    shutil.rmtree(folder)
+    save_checkpoint(tiny_model(family), None, folder)
+    for path in golden(f"tokenizers/{name}").iterdir():
+        shutil.copy(path, folder)
+    loaded = load_checkpoint(folder)
+    exact = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert loaded.model.image_token_id == exact.token_to_id("<IMG_CONTEXT>")
+    for text in TEXTS:
+        assert loaded.tokenizer(text).input_ids == exact.encode(text).ids
+    (folder / "tokenizer.json").unlink()
+    if name == "qwen" or (
+        name == "internlm2" and find_spec("sentencepiece")
+    ):  # the releases that come without tokenizer.json
+        slow = load_checkpoint(folder).tokenizer
+        for text in TEXTS:
+            assert slow(text).input_ids == exact.encode(text).ids
 
 
 def test_names_of_the_zoo_have_random_weights() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers import DynamicCache
@@ -135,6 +135,7 @@ def test_packed_row_is_the_official_one() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=10)
 @given(lengths=st.lists(st.integers(2, 12), min_size=1, max_size=4), seed=st.integers(0, 9))
 def test_packed_is_unpacked(family: str, lengths: list[int], seed: int) -> None:
     model = cached_model(family)
