@@ -6,7 +6,7 @@ Tiles travel as uint8 (a quarter of the bytes) and are normalised where the mode
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Bool, Float, Int, UInt8
 
@@ -27,7 +27,7 @@ class ChatBatch:
     position_ids: Int[Tensor, "rows length"]
     tiles: UInt8[Tensor, "tiles 3 side side"]
     attention_mask: Bool[Tensor, "rows length"] | None = None
-    segments: Int[Tensor, "bounds"] | None = None  # noqa: F821
+    segments: Int[Tensor, "bounds"] | None = None
     """int32 boundaries of the samples in a packed row, from 0 to its length; `rows` is then 1."""
     num_samples: int = 0
     sources: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ class ChatBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ChatBatch:
         import torch
 
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=non_blocking)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), torch.Tensor)
@@ -55,9 +55,7 @@ class ChatBatch:
     def pin_memory(self) -> ChatBatch:
         import torch
 
-        pinned = {
-            f.name: value.pin_memory()
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), torch.Tensor)
+        pinned: dict[str, Any] = {
+            f.name: value.pin_memory() for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)
         }
         return replace(self, **pinned)

@@ -76,7 +76,7 @@ def shipped_folder() -> Path:
             return folder
     raise ValueError(
         f"the trained parts of `pocket` are not beside {here}: connector.safetensors is missing; "
-        "reinstall internvl, or rebuild them with `internvl train pocket`"
+        "reinstall internvl, or rebuild them: pocket_align, then pocket_sft of `internvl train --list`"
     )
 
 

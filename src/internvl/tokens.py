@@ -39,7 +39,9 @@ def token_id(tokenizer: HasVocabulary, token: str) -> int:
     """Id of `token`; ValueError where the tokenizer splits it or does not know it."""
     vocabulary = tokenizer.get_vocab()
     if token not in vocabulary:
-        raise ValueError(f"the tokenizer has no token {token!r}; add the special tokens with tokenizer.add_tokens first")
+        raise ValueError(
+            f"the tokenizer has no token {token!r}; add the special tokens with tokenizer.add_tokens first"
+        )
     return vocabulary[token]
 
 

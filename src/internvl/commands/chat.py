@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 HELP = """/image PATH  show a picture with the next question     /reset  forget the conversation
-/save PATH   write the conversation as JSON            /quit   leave (or Ctrl-D)
+/save PATH   write the conversation as JSON            /quit   leave (or Ctrl-D); Ctrl-C stops an answer
 """
 
 
@@ -172,6 +172,8 @@ def talk(chat: Chat, options: Options, pictures: list[Path]) -> int:
                 pictures = []
         except (ValueError, OSError) as error:  # the conversation goes on
             sys.stdout.write(f"{error}\n")
+        except KeyboardInterrupt:  # ends the answer, not the conversation
+            sys.stdout.write("\n")
 
 
 def _command(line: str, history: Sequence[Any], pictures: list[Path]) -> None:

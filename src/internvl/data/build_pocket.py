@@ -23,6 +23,7 @@ from PIL import Image
 from internvl.data import heldout_pocket, pictures, questions, scenes, words
 from internvl.data.library import Entry, Library
 from internvl.data.questions import Asked, with_suffix
+from internvl.data.scenes import Box
 
 QUALITY = 90
 FOLDER_FILES, CHUNK = 1000, 250
@@ -163,14 +164,21 @@ def _chunk(job: tuple[str, int, int]) -> list[Made]:
 
 
 def record(
-    name: str, index: int, image: str, size: tuple[int, int], asked: list[Asked], rng: np.random.Generator
+    name: str,
+    index: int,
+    image: str,
+    size: tuple[int, int],
+    asked: list[Asked],
+    rng: np.random.Generator,
+    regions: list[tuple[str, Box]] | None = None,
 ) -> dict[str, Any]:
-    """One official JSONL line."""
+    """One official JSONL line, with what is where in the picture for the alignment of the connector."""
     turns = []
     for place, one in enumerate(asked):
         mark = "" if place else "<image>\n"
         turns += [{"from": "human", "value": mark + with_suffix(one, rng)}, {"from": "gpt", "value": one.answer}]
-    return {"id": f"{name}-{index}", "image": image, "width": size[0], "height": size[1], "conversations": turns}
+    line = {"id": f"{name}-{index}", "image": image, "width": size[0], "height": size[1], "conversations": turns}
+    return line | ({"regions": [{"text": text, "box": box} for text, box in regions]} if regions else {})
 
 
 def make_scene(shop: Shop, index: int) -> Made | None:
@@ -179,15 +187,17 @@ def make_scene(shop: Shop, index: int) -> Made | None:
     asked = questions.conversation(scene, shop.library, rng)
     if not asked:
         return None
-    return record("scenes", index, shop.save(scene.image, "scenes", index), scene.image.size, asked, rng), asked
+    regions = [(f"{thing.colour or ''} {thing.name}".strip(), scene.box_1000(thing)) for thing in scene.things]
+    image = shop.save(scene.image, "scenes", index)
+    return record("scenes", index, image, scene.image.size, asked, rng, regions), asked
 
 
 def make_words(shop: Shop, index: int) -> Made:
     rng = shop.generator("words", index)
     text = words.text_for(shop.library.folder, "train", rng)
-    image = words.render(shop.library, text, rng)
+    image, letters = words.render_placed(shop.library, text, rng)
     asked = [words.ask(text, rng)]
-    return record("words", index, shop.save(image, "words", index), image.size, asked, rng), asked
+    return record("words", index, shop.save(image, "words", index), image.size, asked, rng, letters), asked
 
 
 def make_picture(shop: Shop, index: int) -> Made | None:
@@ -195,8 +205,10 @@ def make_picture(shop: Shop, index: int) -> Made | None:
     asked = pictures.conversation(shop.library, shop.pictures[index], rng)
     if not asked:
         return None
-    image = pictures.show(shop.library, shop.pictures[index], rng)
-    return record("pictures", index, shop.save(image, "pictures", index), image.size, asked, rng), asked
+    entry = shop.pictures[index]
+    image, box = pictures.show_placed(shop.library, entry, rng)
+    regions = [(f"{entry.colour or ''} {entry.name}".strip(), box)] if entry.name else []
+    return record("pictures", index, shop.save(image, "pictures", index), image.size, asked, rng, regions), asked
 
 
 def make_easy_vqa(shop: Shop, index: int) -> Made:

@@ -8,7 +8,7 @@ from PIL import Image
 from internvl.data.library import Entry, Library
 from internvl.data.names import plural, with_article
 from internvl.data.questions import Asked, pick
-from internvl.data.scenes import lay_ground
+from internvl.data.scenes import Box, lay_ground
 
 _NAMING = ("What is this?", "What is shown in the picture?", "Name the object.", "What is in the picture?",
            "What do you see?",
@@ -35,8 +35,15 @@ FULL = 0.95
 
 def show(library: Library, entry: Entry, generator: np.random.Generator, plain: bool = False) -> Image.Image:
     """The picture as a question shows it: a photo nearly whole, a cut-out on some ground."""
+    return show_placed(library, entry, generator, plain)[0]
+
+
+def show_placed(
+    library: Library, entry: Entry, generator: np.random.Generator, plain: bool = False
+) -> tuple[Image.Image, Box]:
+    """The picture, and where its object is on the 0..1000 grid: all of a photo."""
     if not entry.cutout:
-        return _jitter(library.original(entry).convert("RGB"), generator, 0.0 if plain else 0.12)
+        return _jitter(library.original(entry).convert("RGB"), generator, 0.0 if plain else 0.12), (0, 0, 1000, 1000)
     patch = library.original(entry).convert("RGBA")
     canvas = (
         Image.new("RGB", _square(generator), "white")
@@ -53,7 +60,10 @@ def show(library: Library, entry: Entry, generator: np.random.Generator, plain: 
     free = canvas.width - patch.width, canvas.height - patch.height
     place = (free[0] // 2, free[1] // 2) if plain else tuple(int(generator.integers(0, side + 1)) for side in free)
     canvas.paste(patch, (place[0], place[1]), patch)
-    return canvas
+    ends = place[0] + patch.width, place[1] + patch.height
+    left, right = (round(1000 * x / canvas.width) for x in (place[0], ends[0]))
+    top, bottom = (round(1000 * y / canvas.height) for y in (place[1], ends[1]))
+    return canvas, (left, top, right, bottom)
 
 
 def _square(generator: np.random.Generator) -> tuple[int, int]:

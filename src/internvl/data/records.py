@@ -21,7 +21,19 @@ from internvl.tokens import IMAGE_MARK, VIDEO_MARK
 Kind = Literal["text", "image", "images", "video"]
 
 KNOWN_FIELDS = frozenset(
-    ("id", "conversations", "image", "video", "clip", "length", "width", "height", "width_list", "height_list")
+    (
+        "id",
+        "conversations",
+        "image",
+        "video",
+        "clip",
+        "length",
+        "width",
+        "height",
+        "width_list",
+        "height_list",
+        "regions",
+    )
 )
 
 

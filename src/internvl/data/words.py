@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import string
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from internvl.data import colours
 from internvl.data.library import Library, Split
 from internvl.data.questions import Asked, pick
-from internvl.data.scenes import crop_photo
+from internvl.data.scenes import Box, crop_photo
 
 HELD_OUT_PER_MILLE = 120
 SIZES_PX = (24, 90)
@@ -77,6 +78,13 @@ def _cased(word: str, generator: np.random.Generator) -> str:
 
 def render(library: Library, text: str, generator: np.random.Generator) -> Image.Image:
     """The text once, whole, legible."""
+    return render_placed(library, text, generator)[0]
+
+
+def render_placed(
+    library: Library, text: str, generator: np.random.Generator
+) -> tuple[Image.Image, list[tuple[str, Box]]]:
+    """The text once, whole, legible; and where each letter is on the 0..1000 grid, of level text on one line."""
     font = _font(pick(font_files(library.folder), generator), int(generator.integers(*SIZES_PX)))
     lines = text.replace(" ", "\n") if generator.random() < 0.5 else text
     left, top, right, bottom = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), lines, font=font)
@@ -85,7 +93,9 @@ def render(library: Library, text: str, generator: np.random.Generator) -> Image
     ground = _ground(library, size, generator)
     layer = Image.new("L", (width + 8, height + 8))
     ImageDraw.Draw(layer).multiline_text((4 - left, 4 - top), lines, fill=255, font=font, align="center")
+    level = "\n" not in lines
     if generator.random() < 0.4:
+        level = False
         layer = layer.rotate(generator.uniform(-9, 9), Image.Resampling.BICUBIC, expand=True)
     scale = min(1.0, 0.96 * size[0] / layer.width, 0.96 * size[1] / layer.height)
     if scale < 1:
@@ -97,7 +107,16 @@ def render(library: Library, text: str, generator: np.random.Generator) -> Image
         int(generator.integers(0, size[1] - layer.height + 1)),
     )
     _write(ground, layer, place, generator)
-    return ground
+    if not level:
+        return ground, []
+    edges = [4 - left + font.getlength(text[:end]) for end in range(len(text) + 1)]
+    across = [(place[0] + edge * scale) / size[0] for edge in edges]
+    down = place[1] / size[1], (place[1] + layer.height) / size[1]
+    return ground, [
+        (letter, (round(1000 * a), round(1000 * down[0]), round(1000 * b), round(1000 * down[1])))
+        for letter, (a, b) in zip(text, pairwise(across), strict=True)
+        if letter != " "
+    ]
 
 
 def _canvas(width: int, height: int, generator: np.random.Generator) -> tuple[int, int]:

@@ -52,7 +52,9 @@ class Slots:
         if rows <= self.rows and length <= self.capacity:
             return False
         old_rows, old_capacity = self.rows, self.capacity
-        self.rows, self.capacity = max(rows, old_rows), max(length, old_capacity)
+        self.rows = max(rows, old_rows)
+        if length > old_capacity:
+            self.capacity = max(length, 2 * old_capacity)  # copied seldom, however lengths come
         _, kv_heads, head_width = self.shape
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):

@@ -137,7 +137,9 @@ class FusedDecoder:
             (keys.view(-1, self.head_width), values.view(-1, self.head_width))
             for keys, values in zip(self.slots.keys, self.slots.values, strict=True)
         ]
-        positions = torch.arange(self.slots.capacity, device=self.embedding.device)[None]
+        # Not beyond the model's positions: a rope that depends on the length would change for all of them.
+        last = min(self.slots.capacity, self.language.model.config.max_position_embeddings)
+        positions = torch.arange(last, device=self.embedding.device)[None]
         cos, sin = self.language.model.model.rotary_emb(self.norm, positions)
         half = self.head_width // 2
         self.turns = torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float())

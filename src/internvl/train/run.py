@@ -210,6 +210,9 @@ class Stage(Protocol):
     def lost(self) -> tuple[int, Mapping[str, str]]:
         """How many samples were cut so far; file and line of each record left out, and why."""
 
+    def evaluate(self, device: torch.device) -> Mapping[str, float]:
+        """Numbers on held-out records; none where there are none."""
+
     def export(self, learner: Learner, out: Path) -> None:
         """Write folders below `out`: the trained model, and what learned beside it."""
 

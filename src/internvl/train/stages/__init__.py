@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from internvl.train.run import RunConfig
-from internvl.train.stages import sft
+from collections.abc import Callable
 
-STAGES = {"sft": sft.open_sft}
+from internvl.train.run import RunConfig, Stage
+from internvl.train.stages import align, sft
+
+STAGES: dict[str, Callable[[RunConfig], Stage]] = {"sft": sft.open_sft, "align": align.open_align}
 
 
-def open_stage(run: RunConfig) -> sft.Sft:
+def open_stage(run: RunConfig) -> Stage:
     """The stage that `run` names, with its model and data open."""
     if run.stage not in STAGES:
         raise ValueError(f"no stage {run.stage!r}; it is one of {', '.join(STAGES)}")

@@ -1,0 +1,230 @@
+"""Connector and ViT learn to say, in the language model's own embeddings, what each visual token covers.
+
+A warm start for two cores: the language model is not run, so a picture costs the ViT alone. Records need
+`regions` (a text and a box each, as `data build` writes them); a token's target are the embeddings of the words of the
+region under it. What follows is `sft`. Not in the papers: docs/parity.md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+from torch.nn import functional as F
+
+from internvl.data.images import normalise, open_image
+from internvl.data.mixture import DataSet, read_sets
+from internvl.data.tiling import single
+from internvl.load import load_checkpoint
+from internvl.models.chat import ChatModel
+from internvl.train import trainable
+from internvl.train.export import export_model, export_parts
+from internvl.train.run import RunConfig
+
+NAMES, NORM = "names", "norm"
+SHARPNESS = 16.0
+"""Factor on the cosines before the softmax over the words."""
+BACKGROUND = "background"
+BACKGROUND_WEIGHT = 0.15
+"""Of a token under which there is nothing; a token inside a region weighs 1."""
+LEAST_COVER = 0.35
+"""A region counts for a token that holds its centre or this share of its area."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One record with regions, as one tile."""
+
+    source: str
+    tile: UInt8[Tensor, "1 3 side side"]
+    cells: list[list[str]]
+    """Texts of the regions under each token, row by row; none: background."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Tiles, and which words each token should be near."""
+
+    tiles: UInt8[Tensor, "tiles 3 side side"]
+    cell: Int[Tensor, " pairs"]
+    word: Int[Tensor, " pairs"]
+    share: Float[Tensor, " pairs"]
+    """Weight of the token divided among its words."""
+    sources: tuple[str, ...]
+
+    def pin_memory(self) -> Cells:
+        return self._moved(lambda value: value.pin_memory())
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Cells:
+        return self._moved(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def _moved(self, move: Any) -> Cells:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: move(v) for k, v in values.items() if isinstance(v, Tensor)})
+
+
+def cells_under(regions: Sequence[Mapping[str, Any]], side: int) -> list[list[str]]:
+    """Texts of the regions under each cell of a side x side grid, boxes on the 0..1000 grid."""
+    step = 1000 / side
+    found: list[list[str]] = [[] for _ in range(side * side)]
+    for region in regions:
+        left, top, right, bottom = region["box"]
+        area = max(1, (right - left) * (bottom - top))
+        for row in range(max(0, int(top // step)), min(side, math.ceil(bottom / step))):
+            for column in range(max(0, int(left // step)), min(side, math.ceil(right / step))):
+                x, y = column * step, row * step
+                cover = (min(right, x + step) - max(left, x)) * (min(bottom, y + step) - max(top, y)) / area
+                if cover >= LEAST_COVER or (left <= x + step / 2 < right and top <= y + step / 2 < bottom):
+                    found[row * side + column].append(region["text"])
+    return found
+
+
+class Align:
+    """Contrast of connector outputs with word embeddings."""
+
+    coefficients: Mapping[str, float] = {NAMES: 1.0, NORM: 0.1}
+
+    def __init__(self, run: RunConfig, model: ChatModel, tokenizer: Any, sets: Sequence[DataSet]) -> None:
+        self.run, self.model, self.tokenizer, self.sets = run, model, tokenizer, sets
+        self.side = math.isqrt(model.config.tokens_per_tile)
+        self.size = run.data.batch_samples or 16
+        self.epoch, self.place = 0, 0
+        if not self.lines:
+            raise ValueError(f"{run.data.meta}: no record has regions; write them with `internvl data build`")
+
+    @cached_property
+    def lines(self) -> list[tuple[int, int]]:
+        """Set and line of each record with regions."""
+        return [
+            (number, position)
+            for number, data in enumerate(self.sets)
+            for position in range(len(data.lines))
+            if b'"regions"' in data.lines.read(position)
+        ]
+
+    @cached_property
+    def words(self) -> dict[int, int]:
+        """Token id of each word part of the regions -> its place among the candidates."""
+        texts = {BACKGROUND}
+        for number, position in self.lines:
+            texts.update(region["text"] for region in self._line(number, position)["regions"])
+        ids = sorted({token for text in texts for token in self._ids(text)})
+        return {token: place for place, token in enumerate(ids)}
+
+    @cached_property
+    def table(self) -> Float[Tensor, "words width"]:
+        """Embeddings of the candidates."""
+        ids = torch.tensor(list(self.words), device=next(self.model.parameters()).device)
+        return self.model.language.embed(ids[None])[0].detach().float()
+
+    def begin(self, run: RunConfig, device: torch.device) -> trainable.Learner:
+        self.model.to(device)
+        return trainable.choose(self.model, run)
+
+    def batches(self) -> Generator[Cells, None, None]:
+        size = self.size
+        while True:
+            order = np.random.default_rng((self.run.seed, self.epoch)).permutation(len(self.lines))
+            while self.place + size <= len(order):
+                chosen = order[self.place : self.place + size]
+                self.place += size
+                yield self._batch([self._picture(*self.lines[int(k)]) for k in chosen])
+            self.epoch, self.place = self.epoch + 1, 0
+
+    def cursor(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "place": self.place}
+
+    def seek(self, cursor: Mapping[str, Any]) -> None:
+        self.epoch, self.place = int(cursor["epoch"]), int(cursor["place"])
+
+    def batches_per_epoch(self) -> int:
+        return max(1, len(self.lines) // self.size)
+
+    def prepare(self, batch: Cells) -> Cells:
+        return batch
+
+    def weights(self, batch: Cells) -> dict[str, float]:
+        return {NAMES: float(batch.share.double().sum()), NORM: float(batch.tiles.shape[0] * self.side**2)}
+
+    def losses(self, prepared: Cells) -> dict[str, Float[Tensor, ""]]:
+        """Cross-entropy of cosines against the words of each token; squared log-ratio of norms."""
+        config = self.model.config
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.run.vision.learn != "frozen"):
+            seen = self.model.vision(normalise(prepared.tiles, config.normalize), config.feature_layer)[:, 1:]
+        said = self.model.connector(seen).float().flatten(0, 1)
+        cosines = F.normalize(said, dim=-1) @ F.normalize(self.table, dim=-1).T
+        likely = F.log_softmax(SHARPNESS * cosines, dim=-1)
+        names = -(prepared.share * likely[prepared.cell, prepared.word]).sum()
+        target = self.table.norm(dim=-1).mean().log()
+        return {NAMES: names, NORM: (said.norm(dim=-1).clamp_min(1e-6).log() - target).square().sum()}
+
+    def sizes(self, batch: Cells) -> dict[str, int]:
+        tiles = int(batch.tiles.shape[0])
+        tokens = tiles * self.side**2
+        return {"samples": tiles, "tokens": tokens, "learned": int(batch.cell.unique().numel()), "tiles": tiles}
+
+    def describe(self, batch: Cells) -> str:
+        return ", ".join(batch.sources)
+
+    def lost(self) -> tuple[int, Mapping[str, str]]:
+        return 0, {}
+
+    def evaluate(self, device: torch.device) -> dict[str, float]:
+        return {}
+
+    def export(self, learner: trainable.Learner, out: Path) -> None:
+        dtype = torch.bfloat16 if self.run.precision == "bf16" else torch.float32
+        export_parts(learner, out / "parts", dtype)
+        export_model(learner, self.tokenizer, out / "model", dtype)
+
+    def _line(self, number: int, position: int) -> dict[str, Any]:
+        line: dict[str, Any] = json.loads(self.sets[number].lines.read(position))
+        return line
+
+    def _ids(self, text: str) -> list[int]:
+        """A letter as it stands inside a word, a name as it stands inside a sentence."""
+        ids: list[int] = self.tokenizer.encode(text if len(text) == 1 else f" {text}", add_special_tokens=False)
+        return ids
+
+    def _picture(self, number: int, position: int) -> Picture:
+        data, line = self.sets[number], self._line(number, position)
+        tile = single(open_image(Path(data.root) / line["image"]), self.model.config.tile_size)
+        return Picture(data.source(position), tile, cells_under(line["regions"], self.side))
+
+    def _batch(self, pictures: Sequence[Picture]) -> Cells:
+        pairs: list[tuple[int, int, float]] = []
+        for place, picture in enumerate(pictures):
+            for cell, texts in enumerate(picture.cells, place * self.side**2):
+                weight = 1.0 if texts else BACKGROUND_WEIGHT
+                ids = [token for text in texts or [BACKGROUND] for token in self._ids(text)]
+                pairs += [(cell, self.words[token], weight / len(ids)) for token in ids]
+        cells, words, shares = zip(*pairs, strict=True)
+        return Cells(
+            torch.cat([picture.tile for picture in pictures]),
+            torch.tensor(cells),
+            torch.tensor(words),
+            torch.tensor(shares),
+            tuple(picture.source for picture in pictures),
+        )
+
+
+def open_align(run: RunConfig) -> Align:
+    """The model of a run with its tokenizer, and the records with regions."""
+    loaded = load_checkpoint(run.model, dtype=torch.bfloat16 if run.precision == "bf16" else torch.float32)
+    if loaded.tokenizer is None:
+        raise ValueError(f"{run.model} has no tokenizer; put its tokenizer.json beside the weights")
+    if run.language.learn != "frozen" or run.tokens.learn:
+        raise ValueError(
+            f"language.learn is {run.language.learn!r} and tokens.learn is {run.tokens.learn}; the align stage does "
+            "not run the language model: set them to frozen and false"
+        )
+    return Align(run, loaded.model, loaded.tokenizer, read_sets(run.data.meta))

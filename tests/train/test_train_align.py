@@ -1,0 +1,92 @@
+"""The align stage: which token a region covers, and that the connector learns the words it is shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from internvl.data.images import normalise, open_image
+from internvl.data.mixture import read_sets
+from internvl.data.tiling import single
+from internvl.train.run import Data, Optimiser, Part, RunConfig, Schedule
+from internvl.train.stages.align import NAMES, Align, cells_under
+from tiny import tiny_model, tiny_tokenizer
+
+
+def test_a_region_covers_the_tokens_whose_centre_it_holds() -> None:
+    cells = cells_under([{"text": "dog", "box": [0, 0, 500, 250]}], side=4)
+    assert [place for place, texts in enumerate(cells) if texts] == [0, 1]
+
+
+def test_a_small_region_goes_to_the_token_that_holds_most_of_it() -> None:
+    cells = cells_under([{"text": "a", "box": [270, 300, 320, 340]}], side=4)
+    assert [place for place, texts in enumerate(cells) if texts] == [5]
+
+
+@given(st.tuples(*[st.integers(0, 999)] * 2), st.tuples(*[st.integers(20, 1000)] * 2), st.sampled_from([2, 4, 8]))
+def test_every_region_reaches_a_token(corner: tuple[int, int], size: tuple[int, int], side: int) -> None:
+    box = [*corner, min(1000, corner[0] + size[0]), min(1000, corner[1] + size[1])]
+    holds_a_centre = min(box[2] - box[0], box[3] - box[1]) >= 1000 / side
+    cells = cells_under([{"text": "x", "box": box}], side)
+    assert any(cells) or not holds_a_centre
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    lines = []
+    for number, (colour, word) in enumerate([((250, 10, 10), "red"), ((10, 10, 250), "blue")] * 4):
+        Image.fromarray(np.full((28, 28, 3), colour, np.uint8)).save(tmp_path / f"{number}.png")
+        lines.append({"image": f"{number}.png", "regions": [{"text": word, "box": [0, 0, 1000, 1000]}]})
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return tmp_path / "set.jsonl"
+
+
+def stage(records: Path) -> Align:
+    run = RunConfig(
+        stage="align",
+        connector=Part("full"),
+        data=Data(meta=str(records), batch_samples=4),
+        schedule=Schedule(steps=1),
+        optimiser=Optimiser(peak_lr=1e-3),
+    )
+    tokenizer = tiny_tokenizer()
+    made = Align(run, tiny_model("llama", vocab_size=len(tokenizer)), tokenizer, read_sets(records))
+    made.begin(run, torch.device("cpu"))
+    return made
+
+
+def test_the_connector_learns_the_words(records: Path) -> None:
+    made = stage(records)
+    optimiser = torch.optim.AdamW(made.model.connector.parameters(), 1e-2)
+    for _, batch in zip(range(40), made.batches(), strict=False):
+        losses = made.losses(made.prepare(batch))
+        optimiser.zero_grad()
+        (losses[NAMES] / made.weights(batch)[NAMES]).backward()
+        optimiser.step()
+    red, blue = ({*made._ids(word)} for word in ("red", "blue"))
+    for name, word, other in (("0.png", red, blue), ("1.png", blue, red)):
+        tile = single(open_image(records.parent / name), made.model.config.tile_size)
+        said = made.model.encode_tiles(normalise(tile, made.model.config.normalize))
+        nearest = (
+            torch.nn.functional.normalize(said[0].mean(0), dim=0) @ torch.nn.functional.normalize(made.table, dim=-1).T
+        )
+        ids = list(made.words)
+        assert max(float(nearest[ids.index(t)]) for t in word - other) > max(
+            float(nearest[ids.index(t)]) for t in other - word
+        )
+
+
+def test_the_cursor_gives_the_batches_that_remain(records: Path) -> None:
+    made, again = stage(records), stage(records)
+    batches = made.batches()
+    for _ in range(3):
+        next(batches)
+    again.seek(made.cursor())
+    assert next(again.batches()).sources == next(batches).sources
