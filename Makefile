@@ -36,11 +36,11 @@ check: $(VENV)/dev
 
 test: check
 	$(BIN)/internvl fetch pocket
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-all: check
 	$(BIN)/internvl fetch pocket
-	$(BIN)/python -m pytest -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not pocket_data"
 
 format: $(VENV)/dev
 	$(BIN)/ruff format .
