@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from internvl.config import LanguageConfig
 from internvl.models.attention import attend
 from internvl.models.decoder import Decoder, PlainDecoder
 from internvl.models.fused import FusedDecoder, attend_causally, choose_decoder, why_not_fused
@@ -22,6 +23,7 @@ from internvl.models.products import (
     blocked_is_available,
     quantise,
 )
+from internvl.zoo import CHAT
 from tiny import FAMILIES, tiny_model
 
 LENGTHS = (7, 19, 12)
@@ -88,11 +90,45 @@ def test_growing_and_moving_keep_what_is_there(maker: str) -> None:
         torch.testing.assert_close(decoder.step(ids[0, 8:9], [8])[0], whole[8], rtol=1e-4, atol=1e-5)
 
 
+def test_positions_up_to_the_last_one_of_a_rope_that_depends_on_the_length() -> None:
+    language = tiny_model("internlm2", max_tiles=1).language
+    limit = language.model.config.max_position_embeddings
+    ids = torch.randint(10, 160, (1, limit), generator=torch.Generator().manual_seed(0))
+    decoder = FusedDecoder(language, "plain")
+    with torch.inference_mode():
+        embeds = language.embed(ids)[0]
+        whole = language.head(language(embeds[None]))[0]
+        decoder.reserve(1, limit - 3)
+        decoder.read([embeds[: limit - 2]], [0])
+        decoder.reserve(1, limit)
+        for at in (limit - 2, limit - 1):
+            torch.testing.assert_close(decoder.step(ids[0, at : at + 1], [at])[0], whole[at], rtol=1e-4, atol=1e-5)
+
+
 def test_the_fastest_fitting_decoder_is_chosen() -> None:
     assert isinstance(choose_decoder(tiny_model("qwen2").language), FusedDecoder)
     assert isinstance(choose_decoder(tiny_model("phi3").language), PlainDecoder)
     with pytest.raises(ValueError, match="phi3"):
         choose_decoder(tiny_model("phi3", dtype=torch.bfloat16).language, int4=True)
+
+
+@pytest.mark.parametrize("int4", [False, True])
+def test_a_row_has_the_bits_that_it_has_alone(int4: bool) -> None:
+    """At the widths of `pocket`, where the kernels of wide batches sum in another order."""
+    settings = {**CHAT["pocket"].language.settings, "num_hidden_layers": 2, "vocab_size": 640}
+    language = LanguageModel(LanguageConfig("llama", settings), torch.bfloat16)
+    decoder = choose_decoder(language, int4=int4)
+    generator = torch.Generator().manual_seed(0)
+    lengths = [3, 90, 40, 64, 7, 130, 63, 20, 65]
+    with torch.inference_mode():
+        prompts = [language.embed(torch.randint(0, 640, (n,), generator=generator)[None])[0] for n in lengths]
+        tokens = torch.randint(0, 640, (len(lengths),), generator=generator)
+        decoder.reserve(len(lengths), 140)
+        decoder.read(prompts, range(len(lengths)))
+        together = decoder.step(tokens, lengths)
+        for row, prompt in enumerate(prompts):
+            decoder.read([prompt], [0])
+            assert torch.equal(decoder.step(tokens[row : row + 1], lengths[row : row + 1])[0], together[row])
 
 
 def test_a_second_copy_of_the_weights_is_made_only_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +197,18 @@ def test_four_bit_product_is_the_product_with_the_rounded_weights(rows: int) -> 
     product = FourBitProduct(weight)
     torch.testing.assert_close(product(x).float(), x.float() @ rounded.t(), rtol=2e-2, atol=2e-2)
     assert (rounded - weight).abs().max() <= 0.52 * scale.max()  # half a level, and bfloat16 scales
+
+
+def test_four_bit_blocks_are_fitted() -> None:
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    levels, scale_and_zero = quantise(weight)
+    scale, zero = (part.float().t()[..., None] for part in scale_and_zero.unbind(-1))
+    groups = weight.view(64, -1, GROUP)
+    fitted = (levels.view(64, -1, GROUP) - MIDDLE) * scale + zero
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    step = (high - low) / 15
+    plain = ((groups - low) / step).round() * step + low
+    assert (fitted - groups).square().mean() < 0.9 * (plain - groups).square().mean()
 
 
 def test_four_bit_blocks_that_are_already_on_the_grid_stay() -> None:

@@ -6,7 +6,7 @@ Equal to transformers' module (tests/generate), whose weights it reads once, whe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from internvl.models.attention import attend
 from internvl.models.decoder import Decoder, PlainDecoder, Slots
 from internvl.models.language import LanguageModel
-from internvl.models.products import BlockedProduct, FourBitProduct, PlainProduct, Product, blocked_is_available
+from internvl.models.products import (
+    BlockedProduct,
+    FixedRows,
+    FourBitProduct,
+    PlainProduct,
+    Product,
+    blocked_is_available,
+    keeps_bits,
+)
 
 Form = Literal["plain", "blocked", "int4"]
 
@@ -30,9 +38,6 @@ QUERY_BLOCK = {torch.bfloat16: 128, torch.float32: 64, torch.float16: 128}
 
 SHARE_OF_MEMORY = 0.5
 """Of what is free, for a second copy of the language model in oneDNN's layout."""
-
-EXACT_ROWS = 4
-"""Rows of a bfloat16 product that give the same bits together as alone (measured: oneDNN changes kernels above)."""
 
 
 def choose_decoder(language: LanguageModel, *, int4: bool = False, exact: bool = True) -> Decoder:
@@ -94,20 +99,23 @@ class FusedDecoder:
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.scale = self.head_width**-0.5
-        self.width = config.hidden_size
+        self.width, self.mlp_width = config.hidden_size, config.intermediate_size
         device = self.embedding.device
         self.eps = torch.tensor((self.width * config.rms_norm_eps) ** 0.5, device=device)
         self.slots = Slots(len(model.model.layers), self.kv_heads, self.head_width, self.dtype, device)
         self.flat: list[tuple[Tensor, Tensor]] = []
         self.turns = torch.empty(0, self.head_width // 2, dtype=torch.complex64, device=device)
-        self.exact_rows = EXACT_ROWS if exact and form == "blocked" and self.dtype == torch.bfloat16 else None
         # Prompts, and the output head, are read with the weights as they are: 4-bit blocks serve the layers of the
         # steps, where memory traffic decides (a 4-bit head alone costs 0.05 nats of KL, docs/chat.md).
         reading: Form = form if form != "int4" else _copy_form(language)
         self.layers = [self._layer(layer, form) for layer in model.model.layers]
-        self.reading = self.layers if reading == form else [self._layer(layer, reading) for layer in model.model.layers]
+        self.reading = (
+            list(self.layers) if reading == form else [self._layer(layer, reading) for layer in model.model.layers]
+        )
         self.norm = self._norm_weight(model.model.norm)
         self.head: Product = _product(reading, [model.lm_head])
+        if exact and self.dtype == torch.bfloat16:  # float32 rows part by 1e-6 at most: not worth the time
+            self._fix_rows()
 
     # weights
 
@@ -127,6 +135,17 @@ class FusedDecoder:
         """RMSNorm divides by the norm over sqrt(width): the root is here."""
         weight: Tensor = norm.weight.detach().float() * self.width**0.5
         return weight
+
+    def _fix_rows(self) -> None:
+        """Where this processor sums a wide batch in another order than a single row, steps take fixed groups."""
+        heads_width = self.heads * self.head_width
+        widths = {"qkv": self.width, "out": heads_width, "gate": self.width, "up": self.width, "down": self.mlp_width}
+        parting = [name for name, width in widths.items() if not keeps_bits(getattr(self.layers[0], name), width)]
+        for position, layer in enumerate(self.layers):
+            fixed: dict[str, Any] = {name: FixedRows(getattr(layer, name)) for name in parting}
+            self.layers[position] = replace(layer, **fixed)
+        if not keeps_bits(self.head, self.width):
+            self.head = FixedRows(self.head)
 
     # cache
 
@@ -169,31 +188,23 @@ class FusedDecoder:
 
     @torch.inference_mode()
     def step(self, tokens: Int[Tensor, " rows"], lengths: Sequence[int]) -> Float[Tensor, "rows vocab"]:
-        group = self.exact_rows or len(tokens)
-        parts = [
-            self._step(tokens[start : start + group], lengths[start : start + group], start)
-            for start in range(0, len(tokens), group)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _step(self, tokens: Tensor, lengths: Sequence[int], start: int) -> Float[Tensor, "rows vocab"]:
-        attention = self._step_attention(lengths, start)
+        attention = self._step_attention(lengths)
         turns = self.turns[torch.tensor(lengths)]
         x = F.embedding(tokens, self.embedding)
         for index, layer in enumerate(self.layers):
             x = self._finish(x, attention(index, *self._project(x, layer, turns)), layer)
         return self.head(self._normalise(x, self.norm))
 
-    def _step_attention(self, lengths: Sequence[int], start: int) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
+    def _step_attention(self, lengths: Sequence[int]) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
         """Store one position a row, then attend to each row's own past. Made once a step, used by every layer."""
         rows, kv_heads, capacity = len(lengths), self.kv_heads, self.slots.capacity
         positions = torch.tensor(lengths)
         longest = -(-(max(lengths) + 1) // KEYS_MULTIPLE) * KEYS_MULTIPLE
-        row_of = torch.arange(start, start + rows)
+        row_of = torch.arange(rows)
         places = ((row_of[None] * kv_heads + torch.arange(kv_heads)[:, None]) * capacity + positions[None]).flatten()
         unseen = torch.arange(longest) > positions[:, None]
         mask = torch.zeros(rows, longest, dtype=self.dtype).masked_fill_(unseen, -torch.inf)[:, None, None]
-        stop, group, width, scale = start + rows, self.heads // kv_heads, self.head_width, self.scale
+        group, width, scale = self.heads // kv_heads, self.head_width, self.scale
         keys, values, flat = self.slots.keys, self.slots.values, self.flat
         sdpa = F.scaled_dot_product_attention
 
@@ -204,8 +215,8 @@ class FusedDecoder:
             # The heads that share keys stand as queries of one head: CPU sdpa then reads the keys once.
             seen = sdpa(
                 q.view(kv_heads, group, rows, width).permute(2, 0, 1, 3),
-                keys[index][start:stop, :, :longest],
-                values[index][start:stop, :, :longest],
+                keys[index][:rows, :, :longest],
+                values[index][:rows, :, :longest],
                 attn_mask=mask,
                 scale=scale,
             )
