@@ -9,7 +9,7 @@ VERBS = {
     "chat": "ask a model about pictures: one question, or a conversation on a terminal",
     "train": "run a recipe, resume a run, list the recipes",
     "evaluate": "score a model on held-out sets, beside its baselines",
-    "data": "build the packaged training sets, look at samples, count tokens and tiles",
+    "data": "collect and build the packaged training sets, look at samples",
     "fetch": "bring the packaged weights and data into the cache",
     "convert": "write a model in the official or the native layout",
 }
