@@ -11,17 +11,15 @@ from hypothesis import strategies as st
 
 from internvl.config import LanguageConfig
 from internvl.models.attention import attend
+from internvl.models.choose import choose_decoder, why_not_fused
 from internvl.models.decoder import Decoder, PlainDecoder
-from internvl.models.fused import FusedDecoder, attend_causally, choose_decoder, why_not_fused
+from internvl.models.four_bit import GROUP, FourBitProduct, low_rank, quantise, unpack
+from internvl.models.fused import FusedDecoder, attend_causally
 from internvl.models.language import LanguageModel
 from internvl.models.products import (
-    GROUP,
-    MIDDLE,
     BlockedProduct,
-    FourBitProduct,
     PlainProduct,
     blocked_is_available,
-    quantise,
 )
 from internvl.zoo import CHAT
 from tiny import FAMILIES, tiny_model
@@ -132,7 +130,7 @@ def test_a_row_has_the_bits_that_it_has_alone(int4: bool) -> None:
 
 
 def test_a_second_copy_of_the_weights_is_made_only_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("internvl.models.fused.free_memory", lambda: 1e5)
+    monkeypatch.setattr("internvl.models.choose.free_memory", lambda: 1e5)
     assert isinstance(choose_decoder(tiny_model().language), PlainDecoder)
     decoder = choose_decoder(tiny_model(dtype=torch.bfloat16).language, int4=True)
     assert isinstance(decoder, FusedDecoder)
@@ -191,24 +189,40 @@ def test_four_bit_product_is_the_product_with_the_rounded_weights(rows: int) -> 
     weight = torch.randn(rows, 128, generator=generator) * 0.1
     x = torch.randn(4, 128, generator=generator).bfloat16()
     levels, scale_and_zero = quantise(weight)
-    scale, zero = scale_and_zero.float().unbind(-1)  # (groups, rows)
-    grouped = levels.view(rows, -1, GROUP) - MIDDLE
-    rounded = (grouped * scale.t()[..., None] + zero.t()[..., None]).view(rows, 128)
+    rounded = unpack(levels, scale_and_zero)
     product = FourBitProduct(weight)
     torch.testing.assert_close(product(x).float(), x.float() @ rounded.t(), rtol=2e-2, atol=2e-2)
-    assert (rounded - weight).abs().max() <= 0.52 * scale.max()  # half a level, and bfloat16 scales
+    assert (rounded - weight).abs().max() <= 0.52 * scale_and_zero[..., 0].max()  # half a level, and bfloat16 scales
 
 
 def test_four_bit_blocks_are_fitted() -> None:
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
-    levels, scale_and_zero = quantise(weight)
-    scale, zero = (part.float().t()[..., None] for part in scale_and_zero.unbind(-1))
+    fitted = unpack(*quantise(weight)).view(64, -1, GROUP)
     groups = weight.view(64, -1, GROUP)
-    fitted = (levels.view(64, -1, GROUP) - MIDDLE) * scale + zero
     low, high = groups.aminmax(dim=-1, keepdim=True)
     step = (high - low) / 15
     plain = ((groups - low) / step).round() * step + low
     assert (fitted - groups).square().mean() < 0.9 * (plain - groups).square().mean()
+
+
+def test_a_merged_adapter_survives_four_bits() -> None:
+    """A change of low rank, below half a level everywhere, on weights that were 4-bit blocks."""
+    generator = torch.Generator().manual_seed(0)
+    base = unpack(*quantise(torch.randn(256, 320, generator=generator)))
+    change = torch.randn(256, 8, generator=generator) @ torch.randn(8, 320, generator=generator) * 0.01
+    weight, x = base + change, torch.randn(5, 320, generator=generator).bfloat16()
+    assert low_rank(weight - base)[0].shape == (256, GROUP)
+    product = FourBitProduct(weight)
+    kept = product(torch.eye(320, dtype=torch.bfloat16)).float().t()  # the weights, without the rounding of sums
+    assert (kept - weight).square().mean() < 0.05 * change.square().mean()  # 1 without
+    assert torch.equal(product.plus(x, product(x)), 2 * product(x))
+
+
+def test_rounding_noise_has_no_low_rank() -> None:
+    weight = torch.randn(256, 320, generator=torch.Generator().manual_seed(0))
+    state = torch.get_rng_state()
+    assert low_rank(weight - unpack(*quantise(weight))) is None
+    assert torch.equal(torch.get_rng_state(), state)  # loading a model draws nothing from the user's generator
 
 
 def test_four_bit_blocks_that_are_already_on_the_grid_stay() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from internvl.data.images import normalise
 from internvl.generate.sampling import Sampling, choose
 from internvl.models.chat import ChatModel
-from internvl.models.fused import choose_decoder
+from internvl.models.choose import choose_decoder
 
 FinishReason = Literal["stop", "length", "cancelled"]
 

@@ -6,8 +6,7 @@ Equal to transformers' module (tests/generate), whose weights it reads once, whe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,64 +15,27 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
 from internvl.models.attention import attend
-from internvl.models.decoder import Decoder, PlainDecoder, Slots
+from internvl.models.decoder import Slots
+from internvl.models.four_bit import FourBitProduct
 from internvl.models.language import LanguageModel
 from internvl.models.products import (
     BlockedProduct,
     FixedRows,
-    FourBitProduct,
+    JointGate,
     PlainProduct,
     Product,
-    blocked_is_available,
+    SplitGate,
     keeps_bits,
 )
 
 Form = Literal["plain", "blocked", "int4"]
+PRODUCTS: dict[Form, type[PlainProduct] | type[BlockedProduct]] = {"plain": PlainProduct, "blocked": BlockedProduct}
 
 KEYS_MULTIPLE = 64
 """Attention of a step runs over whole blocks of keys, so that its sums do not depend on the neighbours' lengths."""
 
 QUERY_BLOCK = {torch.bfloat16: 128, torch.float32: 64, torch.float16: 128}
 """Queries of one block of a prompt (measured on two cores)."""
-
-SHARE_OF_MEMORY = 0.5
-"""Of what is free, for a second copy of the language model in oneDNN's layout."""
-
-
-def choose_decoder(language: LanguageModel, *, int4: bool = False, exact: bool = True) -> Decoder:
-    """The fastest decoder that fits the model, its device and the memory that is free."""
-    reason = why_not_fused(language)
-    weight = language.model.get_input_embeddings().weight
-    if weight.device.type != "cpu":
-        reason = f"the device is {weight.device.type}, not cpu"
-    if int4:
-        if reason is not None:
-            raise ValueError(f"4-bit weights: {reason}; use dtype bfloat16")
-        return FusedDecoder(language, "int4", exact=exact)
-    if reason is not None or _copy_form(language) != "blocked":
-        return PlainDecoder(language)
-    return FusedDecoder(language, "blocked", exact=exact)
-
-
-def free_memory() -> float:
-    """Bytes that the system could give out now; without limit where it does not tell."""
-    path = Path("/proc/meminfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), float("inf"))
-
-
-def why_not_fused(language: LanguageModel) -> str | None:
-    """What this path does not compute, in words; None where it fits."""
-    config = language.model.config
-    if config.model_type not in ("llama", "qwen2"):
-        return f"a language model of type {config.model_type} has no fused path"
-    if config.hidden_act != "silu":
-        return f"activation {config.hidden_act} has no fused path"
-    if getattr(config, "use_sliding_window", False):
-        return "sliding windows have no fused path"
-    if any(type(layer.self_attn.q_proj) is not nn.Linear for layer in language.model.model.layers):
-        return "adapters are not merged"
-    return None
 
 
 @dataclass
@@ -82,15 +44,17 @@ class _Layer:
     qkv: Product
     out: Product
     norm2: Tensor
-    gate: Product
-    up: Product
+    gated: Callable[[Tensor], Tensor]
     down: Product
 
 
 class FusedDecoder:
     """See `Decoder`. `exact`: every row has the bits that it would have alone."""
 
-    def __init__(self, language: LanguageModel, form: Form = "blocked", *, exact: bool = True) -> None:
+    def __init__(
+        self, language: LanguageModel, form: Form = "blocked", *, reading: Form | None = None, exact: bool = True
+    ) -> None:
+        """`reading`: the form for prompts and the head where the steps take 4-bit blocks."""
         model = language.model
         config = model.config
         self.language = language
@@ -107,45 +71,51 @@ class FusedDecoder:
         self.turns = torch.empty(0, self.head_width // 2, dtype=torch.complex64, device=device)
         # Prompts, and the output head, are read with the weights as they are: 4-bit blocks serve the layers of the
         # steps, where memory traffic decides (a 4-bit head alone costs 0.05 nats of KL, docs/chat.md).
-        reading: Form = form if form != "int4" else _copy_form(language)
-        self.layers = [self._layer(layer, form) for layer in model.model.layers]
-        self.reading = (
-            list(self.layers) if reading == form else [self._layer(layer, reading) for layer in model.model.layers]
-        )
+        reading = form if form != "int4" else reading or "blocked"
+        # float32 rows part by 1e-6 at most: not worth the time.
+        fixed = self._parting(form, reading) if exact and self.dtype == torch.bfloat16 else frozenset()
+        self.layers = [self._layer(layer, form, fixed) for layer in model.model.layers]
+        self.reading = [self._layer(layer, reading) for layer in model.model.layers] if form == "int4" else self.layers
         self.norm = self._norm_weight(model.model.norm)
-        self.head: Product = _product(reading, [model.lm_head])
-        if exact and self.dtype == torch.bfloat16:  # float32 rows part by 1e-6 at most: not worth the time
-            self._fix_rows()
+        self.head = _product(reading, [model.lm_head], "head" in fixed)
 
     # weights
 
-    def _layer(self, layer: Any, form: Form) -> _Layer:
+    def _layer(self, layer: Any, form: Form, fixed: frozenset[str] = frozenset()) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
+        gate, up = [mlp.gate_proj], [mlp.up_proj]
+        if form == "int4" or "gate" in fixed:
+            gated: Callable[[Tensor], Tensor] = JointGate(_product(form, gate + up, "gate" in fixed))
+        else:
+            gated = SplitGate(PRODUCTS[form](*_joined(gate)), PRODUCTS[form](*_joined(up)))
         return _Layer(
             self._norm_weight(layer.input_layernorm),
-            _product(form, [attention.q_proj, attention.k_proj, attention.v_proj]),
-            _product(form, [attention.o_proj]),
+            _product(form, [attention.q_proj, attention.k_proj, attention.v_proj], "qkv" in fixed),
+            _product(form, [attention.o_proj], "out" in fixed),
             self._norm_weight(layer.post_attention_layernorm),
-            _product(form, [mlp.gate_proj]),
-            _product(form, [mlp.up_proj]),
-            _product(form, [mlp.down_proj]),
+            gated,
+            _product(form, [mlp.down_proj], "down" in fixed),
+        )
+
+    def _parting(self, form: Form, reading: Form) -> frozenset[str]:
+        """Products that sum a wide batch in another order than a single row on this processor."""
+        model = self.language.model
+        attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+        tried = {
+            "qkv": (form, [attention.q_proj, attention.k_proj, attention.v_proj]),
+            "out": (form, [attention.o_proj]),
+            "gate": (form, [mlp.gate_proj]),
+            "down": (form, [mlp.down_proj]),
+            "head": (reading, [model.lm_head]),
+        }
+        return frozenset(
+            name for name, (way, some) in tried.items() if not keeps_bits(_product(way, some), some[0].in_features)
         )
 
     def _norm_weight(self, norm: Any) -> Tensor:
         """RMSNorm divides by the norm over sqrt(width): the root is here."""
         weight: Tensor = norm.weight.detach().float() * self.width**0.5
         return weight
-
-    def _fix_rows(self) -> None:
-        """Where this processor sums a wide batch in another order than a single row, steps take fixed groups."""
-        heads_width = self.heads * self.head_width
-        widths = {"qkv": self.width, "out": heads_width, "gate": self.width, "up": self.width, "down": self.mlp_width}
-        parting = [name for name, width in widths.items() if not keeps_bits(getattr(self.layers[0], name), width)]
-        for position, layer in enumerate(self.layers):
-            fixed: dict[str, Any] = {name: FixedRows(getattr(layer, name)) for name in parting}
-            self.layers[position] = replace(layer, **fixed)
-        if not keeps_bits(self.head, self.width):
-            self.head = FixedRows(self.head)
 
     # cache
 
@@ -243,7 +213,7 @@ class FusedDecoder:
     def _finish(self, x: Tensor, seen: Float[Tensor, "length heads_width"], layer: _Layer) -> Tensor:
         x = layer.out.plus(seen, x)
         y = self._normalise(x, layer.norm2)
-        return layer.down.plus(layer.up.times(y, layer.gate.silu(y)), x)
+        return layer.down.plus(layer.gated(y), x)
 
     def _normalise(self, x: Float[Tensor, "length width"], weight: Tensor) -> Float[Tensor, "length width"]:
         """RMSNorm in float32: the norm, with eps inside by hypot, in four operators."""
@@ -279,20 +249,14 @@ def attend_causally(
     return out.view(queries, -1)
 
 
-def _copy_form(language: LanguageModel) -> Form:
-    """ "blocked" where a second copy of the weights can be made and fits, else "plain"."""
-    copy = sum(parameter.nbytes for parameter in language.parameters())
-    fits = copy <= SHARE_OF_MEMORY * free_memory()
-    return "blocked" if fits and blocked_is_available(language.model.lm_head.weight.dtype) else "plain"
-
-
-def _product(form: Form, linears: Sequence[nn.Linear]) -> Product:
-    """One product of several matrices with the same input."""
-    weight = (
-        torch.cat([linear.weight.detach() for linear in linears]) if len(linears) > 1 else linears[0].weight.detach()
-    )
+def _joined(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of several matrices with the same input."""
+    weights = [linear.weight.detach() for linear in linears]
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-    bias = torch.cat(biases) if biases else None
-    if form == "int4":
-        return FourBitProduct(weight, bias)
-    return BlockedProduct(weight, bias) if form == "blocked" else PlainProduct(weight, bias)
+    return torch.cat(weights) if len(weights) > 1 else weights[0], torch.cat(biases) if biases else None
+
+
+def _product(form: Form, linears: Sequence[nn.Linear], fixed: bool = False) -> Product:
+    """One product of several matrices; `fixed`: in groups of one number of rows."""
+    product = FourBitProduct(*_joined(linears)) if form == "int4" else PRODUCTS[form](*_joined(linears))
+    return FixedRows(product) if fixed else product

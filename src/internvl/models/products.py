@@ -1,6 +1,6 @@
-"""A weight matrix as its product: plain, in oneDNN's blocked layout, or as 4-bit blocks.
+"""A weight matrix as its product: plain, or in oneDNN's blocked layout. 4-bit blocks are four_bit.py's.
 
-Which form decoding uses is decided in fused.py; here is what each form can do.
+Which form decoding uses is decided in fused.py and choose.py; here is what each form can do.
 """
 
 from __future__ import annotations
@@ -12,26 +12,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-GROUP = 32
-"""Weights that share a scale and a minimum, as in GGUF's Q4_1."""
-LEVELS = 15
-MIDDLE = 8
-"""The kernel computes (q - 8) * scale + zero."""
 FIXED_ROWS = 4
 """Rows that a product takes where a group must have one size; one row costs a tenth more in such a group."""
-FIT_ROUNDS = 4
-SMALLEST_SCALE = 1e-30
-ROWS_MULTIPLE = 64
-"""Output rows that the 4-bit kernel takes together."""
 
 
 @runtime_checkable
 class Product(Protocol):
-    """x W^T + b, and the three forms in which it is followed by one elementwise step."""
+    """x W^T + b, and the same added to something."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
-    def silu(self, x: Tensor) -> Tensor: ...
-    def times(self, x: Tensor, other: Tensor) -> Tensor: ...
     def plus(self, x: Tensor, other: Tensor) -> Tensor: ...
 
 
@@ -80,34 +69,6 @@ class BlockedProduct:
         return out
 
 
-class FourBitProduct:
-    """A copy of 4-bit blocks; x is bfloat16."""
-
-    def __init__(self, weight: Float[Tensor, "out in"], bias: Tensor | None = None) -> None:
-        self.rows = weight.shape[0]
-        padded = F.pad(weight.detach(), (0, 0, 0, -self.rows % ROWS_MULTIPLE))
-        levels, scale_and_zero = quantise(padded)
-        self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 2)
-        self.scale_and_zero = scale_and_zero
-        self.bias = bias
-        self.product = torch.ops.aten._weight_int4pack_mm_for_cpu.default
-
-    def __call__(self, x: Tensor) -> Tensor:
-        out: Tensor = self.product(x, self.weight, GROUP, self.scale_and_zero)
-        if out.shape[1] != self.rows:
-            out = out[:, : self.rows]
-        return out if self.bias is None else out + self.bias
-
-    def silu(self, x: Tensor) -> Tensor:
-        return F.silu(self(x), inplace=True)
-
-    def times(self, x: Tensor, other: Tensor) -> Tensor:
-        return self(x).mul_(other)
-
-    def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        return self(x).add_(other)
-
-
 class FixedRows:
     """Rows in groups of one size, the last one filled up: a row then has the same bits in any company."""
 
@@ -119,14 +80,29 @@ class FixedRows:
         parts = [self.product(filled[start : start + self.rows]) for start in range(0, len(filled), self.rows)]
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[: len(x)]
 
-    def silu(self, x: Tensor) -> Tensor:
-        return F.silu(self(x), inplace=True)
-
-    def times(self, x: Tensor, other: Tensor) -> Tensor:
-        return self(x).mul_(other)
-
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         return self(x).add_(other)
+
+
+class SplitGate:
+    """silu(x G^T) * (x U^T), the elementwise steps inside the products."""
+
+    def __init__(self, gate: PlainProduct | BlockedProduct, up: PlainProduct | BlockedProduct) -> None:
+        self.gate, self.up = gate, up
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.up.times(x, self.gate.silu(x))
+
+
+class JointGate:
+    """The same from one product of both matrices."""
+
+    def __init__(self, both: Product) -> None:
+        self.both = both
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = self.both(x).chunk(2, -1)
+        return F.silu(gate).mul_(up)
 
 
 @torch.inference_mode()
@@ -139,38 +115,6 @@ def keeps_bits(product: Product, width: int) -> bool:
     x = x[: 16 if product(x[:1]).shape[1] > 2500 else None]
     alone = torch.cat([product(row) for row in x.split(1)])
     return all(torch.equal(torch.cat([product(part) for part in x.split(group)]), alone) for group in (2, 4, 16))
-
-
-def quantise(weight: Float[Tensor, "out in"]) -> tuple[Tensor, Tensor]:
-    """Levels 0..15 (int32) and, for every group, scale and zero (bfloat16) so that w = (level - 8) scale + zero.
-
-    From the extremes of a group, then a few rounds of least squares for scale and zero; the best round counts.
-    Weights that were such blocks before come back as they were (KL to the unrounded model: docs/chat.md).
-    """
-    out, width = weight.shape
-    if width % GROUP:
-        raise ValueError(f"a matrix of width {width}: 4-bit weights need a multiple of {GROUP}; use dtype bfloat16")
-    groups = weight.float().view(out, width // GROUP, GROUP)
-    low, high = groups.aminmax(dim=-1, keepdim=True)
-    scale, mean = (high - low) / LEVELS, groups.mean(-1, keepdim=True)
-    zero = low + MIDDLE * scale
-    best: tuple[Tensor, ...] = ()
-    for _ in range(FIT_ROUNDS):
-        # What the kernel multiplies with: levels make up for the rounding of scale and zero.
-        scale, zero = scale.bfloat16().float().clamp_(min=SMALLEST_SCALE), zero.bfloat16().float()
-        levels = ((groups - zero) / scale).round_().clamp_(-MIDDLE, LEVELS - MIDDLE)
-        error = torch.addcmul(zero, levels, scale).sub_(groups).square_().sum(-1, keepdim=True)
-        now = (error, levels, scale, zero)
-        best = (
-            tuple(torch.where(error < best[0], new, old) for new, old in zip(now, best, strict=True)) if best else now
-        )
-        around = levels - levels.mean(-1, keepdim=True)
-        spread = around.square().sum(-1, keepdim=True).clamp_(min=SMALLEST_SCALE)
-        scale = (around * groups).sum(-1, keepdim=True) / spread
-        zero = mean - scale * levels.mean(-1, keepdim=True)
-    _, levels, scale, zero = best
-    stacked = torch.stack([scale.squeeze(-1).t(), zero.squeeze(-1).t()], -1)
-    return levels.add_(MIDDLE).view(out, width).int(), stacked.bfloat16().contiguous()
 
 
 def blocked_is_available(dtype: torch.dtype) -> bool:
