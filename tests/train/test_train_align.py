@@ -16,7 +16,7 @@ from internvl.data.images import normalise, open_image
 from internvl.data.mixture import read_sets
 from internvl.data.tiling import single
 from internvl.train.run import Data, Optimiser, Part, RunConfig, Schedule
-from internvl.train.stages.align import NAMES, Align, cells_under
+from internvl.train.stages.align import NAMES, PLACES, WAVES, Align, cells_under, place_waves
 from tiny import tiny_model, tiny_tokenizer
 
 
@@ -81,6 +81,42 @@ def test_the_connector_learns_the_words(records: Path) -> None:
         assert max(float(nearest[ids.index(t)]) for t in word - other) > max(
             float(nearest[ids.index(t)]) for t in other - word
         )
+
+
+def test_tokens_learn_where_the_box_is_that_they_lie_in(records: Path) -> None:
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    for line in lines:
+        left = line["regions"][0]["text"] == "red"
+        line["regions"][0]["box"] = [0, 0, 500, 1000] if left else [250, 0, 1000, 1000]
+    records.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    made = stage(records)
+    optimiser = torch.optim.AdamW(made.model.connector.parameters(), 1e-2)
+    found = []
+    for _, batch in zip(range(80), made.batches(), strict=False):
+        places = made.losses(made.prepare(batch))[PLACES] / made.weights(batch)[PLACES]
+        optimiser.zero_grad()
+        places.backward()
+        optimiser.step()
+        found.append(float(places))
+    assert found[-1] < 0.05 * found[0]
+
+
+def test_a_letter_says_no_place(records: Path) -> None:
+    records.write_text(records.read_text().replace('"red"', '"r"'))
+    made = stage(records)
+    batch = next(made.batches())
+    lines = [int(source.rsplit(":", 1)[1]) for source in batch.sources]
+    blue = {place for place, line in enumerate(lines) if line % 2 == 0}
+    assert {int(cell) // made.side**2 for cell in batch.placed} == blue
+
+
+@given(st.lists(st.floats(0, 1), min_size=4, max_size=4), st.lists(st.floats(0, 1), min_size=4, max_size=4))
+def test_boxes_that_differ_have_waves_that_differ(one: list[float], other: list[float]) -> None:
+    boxes = torch.tensor([one, other], dtype=torch.float64)
+    waves = place_waves(boxes)
+    assert waves.shape == (2, 8 * len(WAVES))
+    # The slowest sine and cosine alone: 2 |sin(pi d / 2)| >= 2 d for sides d apart.
+    assert float((waves[0] - waves[1]).norm()) >= 2 * float((boxes[0] - boxes[1]).norm()) - 1e-9
 
 
 def test_the_cursor_gives_the_batches_that_remain(records: Path) -> None:

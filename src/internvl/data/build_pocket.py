@@ -33,8 +33,8 @@ CROWDED = 24
 """Pictures of one name beyond which each gets fewer records, so that emoji faces do not fill the set."""
 STREAMS = {"scenes": 1, "words": 2, "pictures": 3, "easy_vqa": 4}
 """First number of a record's seed, so that sets do not share random numbers."""
-REPEATS = {"scenes": 1, "words": 0.4, "pictures": 1, "easy_vqa": 0.5}
-"""repeat_time of the meta JSON: pictures and scenes teach more than words and single shapes."""
+REPEATS = {"scenes": 1, "words": 0.5, "pictures": 0.6, "easy_vqa": 0.3}
+"""repeat_time of the meta JSON: scenes teach most, single shapes least."""
 
 
 @dataclass(frozen=True)

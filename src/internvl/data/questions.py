@@ -54,15 +54,16 @@ def ask(scene: Scene, library: Library, generator: np.random.Generator, task: Ta
 
 
 def conversation(scene: Scene, library: Library, generator: np.random.Generator) -> list[Asked]:
-    """One to eight different questions, as one record asks them: the picture's tokens are paid for once."""
+    """Two to twelve different questions, as one record asks them: the picture's tokens are paid for once."""
     tasks, shares = zip(*_SHARES[scene.kind].items(), strict=True)
-    number = int(generator.choice([1, 2, 4, 6, 8], p=[0.1, 0.15, 0.25, 0.25, 0.25]))
+    number = int(generator.choice([2, 4, 6, 8, 10, 12], p=[0.05, 0.1, 0.2, 0.25, 0.2, 0.2]))
     asked: dict[str, Asked] = {}
     for _ in range(3 * number):
         task = tasks[int(generator.choice(len(tasks), p=np.array(shares) / sum(shares)))]
         made = ask(scene, library, generator, task)
         if made is not None:
-            asked.setdefault(f"{made.task} {made.question}", made)
+            one_sided = made.task in ("scenes_yesno", "scenes_position", "scenes_position_yesno")
+            asked.setdefault(f"{made.task} {made.question if one_sided else made.answer}", made)
         if len(asked) == number:
             break
     return list(asked.values())
@@ -305,9 +306,9 @@ MAKERS: dict[Task, Callable[[Scene, Library, np.random.Generator], Asked | None]
     "caption": caption, "beside": beside,
 }  # fmt: skip
 _SHARES = {
-    "mixed": {"yesno": 0.2, "colour": 0.04, "count": 0.07, "position": 0.21, "box": 0.23, "region": 0.07,
-    "caption": 0.13, "beside": 0.05},
+    "mixed": {"yesno": 0.2, "colour": 0.04, "count": 0.08, "position": 0.28, "box": 0.2, "region": 0.05,
+    "caption": 0.1, "beside": 0.05},
     "count": {"yesno": 0.14, "count": 0.5, "box": 0.14, "region": 0.04, "caption": 0.18},
-    "shapes": {"yesno": 0.17, "colour": 0.21, "count": 0.21, "position": 0.17, "box": 0.14, "caption": 0.1},
+    "shapes": {"yesno": 0.17, "colour": 0.21, "count": 0.2, "position": 0.2, "box": 0.13, "caption": 0.09},
     "colour": {"yesno": 0.1, "colour": 0.55, "position": 0.1, "box": 0.15, "caption": 0.1},
 }  # fmt: skip

@@ -83,7 +83,7 @@ def compose(
 
 
 def _size(generator: np.random.Generator, small: bool | None) -> tuple[int, int]:
-    if small if small is not None else generator.random() < 0.85:
+    if small if small is not None else generator.random() < 0.93:
         side = int(generator.integers(200, 257))
         return side, max(180, min(256, round(side * generator.uniform(0.92, 1.1))))
     longest, aspect = int(generator.integers(320, 673)), float(np.exp(generator.uniform(-0.75, 0.75)))

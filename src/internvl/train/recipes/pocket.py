@@ -31,6 +31,7 @@ def pocket_align() -> RunConfig:
         optimiser=Optimiser(peak_lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0),
         schedule=Schedule(steps=3000, warmup_share=0.03),
         precision="bf16",
+        compile=True,
         log_every=10,
         save_every=250,
     )

@@ -30,12 +30,16 @@ from internvl.train import trainable
 from internvl.train.export import export_model, export_parts
 from internvl.train.run import RunConfig
 
-NAMES, NORM = "names", "norm"
+NAMES, NORM, PLACES = "names", "norm", "places"
 SHARPNESS = 16.0
 """Factor on the cosines before the softmax over the words."""
 BACKGROUND = "background"
 BACKGROUND_WEIGHT = 0.15
 """Of a token under which there is nothing; a token inside a region weighs 1."""
+WAVES = (1, 2, 4)
+"""Half periods, over the picture, of the sines and cosines that say where the sides of a box are."""
+PLACE_SHARE = 0.5
+"""Length of what says the place, in lengths of a word embedding."""
 LEAST_COVER = 0.35
 """A region counts for a token that holds its centre or this share of its area."""
 
@@ -48,6 +52,8 @@ class Picture:
     tile: UInt8[Tensor, "1 3 side side"]
     cells: list[list[str]]
     """Texts of the regions under each token, row by row; none: background."""
+    boxes: list[list[int] | None]
+    """The first region under each token: left, top, right, bottom on the 0..1000 grid; None: nothing, or a letter."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,9 @@ class Cells:
     word: Int[Tensor, " pairs"]
     share: Float[Tensor, " pairs"]
     """Weight of the token divided among its words."""
+    placed: Int[Tensor, " placed"]
+    boxes: Float[Tensor, "placed 4"]
+    """Of the tokens in `placed`: sides as shares of the picture."""
     sources: tuple[str, ...]
 
     def pin_memory(self) -> Cells:
@@ -72,11 +81,11 @@ class Cells:
         return replace(self, **{k: move(v) for k, v in values.items() if isinstance(v, Tensor)})
 
 
-def cells_under(regions: Sequence[Mapping[str, Any]], side: int) -> list[list[str]]:
-    """Texts of the regions under each cell of a side x side grid, boxes on the 0..1000 grid."""
+def cells_under(regions: Sequence[Mapping[str, Any]], side: int) -> list[list[int]]:
+    """Which regions lie under each cell of a side x side grid, boxes on the 0..1000 grid."""
     step = 1000 / side
-    found: list[list[str]] = [[] for _ in range(side * side)]
-    for region in regions:
+    found: list[list[int]] = [[] for _ in range(side * side)]
+    for number, region in enumerate(regions):
         left, top, right, bottom = region["box"]
         area = max(1, (right - left) * (bottom - top))
         for row in range(max(0, int(top // step)), min(side, math.ceil(bottom / step))):
@@ -84,14 +93,20 @@ def cells_under(regions: Sequence[Mapping[str, Any]], side: int) -> list[list[st
                 x, y = column * step, row * step
                 cover = (min(right, x + step) - max(left, x)) * (min(bottom, y + step) - max(top, y)) / area
                 if cover >= LEAST_COVER or (left <= x + step / 2 < right and top <= y + step / 2 < bottom):
-                    found[row * side + column].append(region["text"])
+                    found[row * side + column].append(number)
     return found
 
 
-class Align:
-    """Contrast of connector outputs with word embeddings."""
+def place_waves(boxes: Float[Tensor, "boxes 4"]) -> Float[Tensor, "boxes waves"]:
+    """Sides of boxes, as shares of the picture, in sines and cosines: coarse and fine, each linear to read."""
+    turns = math.pi * boxes[:, :, None] * boxes.new_tensor(WAVES)
+    return torch.cat([turns.cos(), turns.sin()], dim=-1).flatten(1)
 
-    coefficients: Mapping[str, float] = {NAMES: 1.0, NORM: 0.1}
+
+class Align:
+    """Contrast of connector outputs with word embeddings; along fixed directions they say where the box is."""
+
+    coefficients: Mapping[str, float] = {NAMES: 1.0, NORM: 0.1, PLACES: 0.2}
 
     def __init__(self, run: RunConfig, model: ChatModel, tokenizer: Any, sets: Sequence[DataSet]) -> None:
         self.run, self.model, self.tokenizer, self.sets = run, model, tokenizer, sets
@@ -126,9 +141,21 @@ class Align:
         ids = torch.tensor(list(self.words), device=next(self.model.parameters()).device)
         return self.model.language.embed(ids[None])[0].detach().float()
 
+    @cached_property
+    def directions(self) -> Float[Tensor, "waves width"]:
+        """Fixed, orthogonal, as long as what one wave adds to a token."""
+        num_waves = 2 * 4 * len(WAVES)
+        random = torch.randn(self.table.shape[1], num_waves, generator=torch.Generator().manual_seed(0))
+        length = PLACE_SHARE * float(self.table.norm(dim=-1).mean()) / math.sqrt(num_waves / 2)
+        return torch.linalg.qr(random)[0].T.to(self.table.device) * length
+
     def begin(self, run: RunConfig, device: torch.device) -> trainable.Learner:
         self.model.to(device)
-        return trainable.choose(self.model, run)
+        learner = trainable.choose(self.model, run)
+        if run.compile:
+            for block in self.model.vision.layers:
+                block.compile()
+        return learner
 
     def batches(self) -> Generator[Cells, None, None]:
         size = self.size
@@ -153,10 +180,11 @@ class Align:
         return batch
 
     def weights(self, batch: Cells) -> dict[str, float]:
-        return {NAMES: float(batch.share.double().sum()), NORM: float(batch.tiles.shape[0] * self.side**2)}
+        cells = float(batch.tiles.shape[0] * self.side**2)
+        return {NAMES: float(batch.share.double().sum()), NORM: cells, PLACES: max(1.0, float(len(batch.placed)))}
 
     def losses(self, prepared: Cells) -> dict[str, Float[Tensor, ""]]:
-        """Cross-entropy of cosines against the words of each token; squared log-ratio of norms."""
+        """Cross-entropy of cosines against the words of each token; squared log-ratio of norms; squares of waves."""
         config = self.model.config
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.run.vision.learn != "frozen"):
             seen = self.model.vision(normalise(prepared.tiles, config.normalize), config.feature_layer)[:, 1:]
@@ -165,7 +193,10 @@ class Align:
         likely = F.log_softmax(SHARPNESS * cosines, dim=-1)
         names = -(prepared.share * likely[prepared.cell, prepared.word]).sum()
         target = self.table.norm(dim=-1).mean().log()
-        return {NAMES: names, NORM: (said.norm(dim=-1).clamp_min(1e-6).log() - target).square().sum()}
+        norm = (said.norm(dim=-1).clamp_min(1e-6).log() - target).square().sum()
+        heard = said[prepared.placed] @ (self.directions / self.directions[0].square().sum()).T
+        places = (heard - place_waves(prepared.boxes)).square().sum()
+        return {NAMES: names, NORM: norm, PLACES: places}
 
     def sizes(self, batch: Cells) -> dict[str, int]:
         tiles = int(batch.tiles.shape[0])
@@ -198,7 +229,11 @@ class Align:
     def _picture(self, number: int, position: int) -> Picture:
         data, line = self.sets[number], self._line(number, position)
         tile = single(open_image(Path(data.root) / line["image"]), self.model.config.tile_size)
-        return Picture(data.source(position), tile, cells_under(line["regions"], self.side))
+        regions = line["regions"]
+        under = cells_under(regions, self.side)
+        texts = [[regions[k]["text"] for k in cell] for cell in under]
+        boxes = [regions[cell[0]]["box"] if cell and len(regions[cell[0]]["text"]) > 1 else None for cell in under]
+        return Picture(data.source(position), tile, texts, boxes)
 
     def _batch(self, pictures: Sequence[Picture]) -> Cells:
         pairs: list[tuple[int, int, float]] = []
@@ -208,11 +243,15 @@ class Align:
                 ids = [token for text in texts or [BACKGROUND] for token in self._ids(text)]
                 pairs += [(cell, self.words[token], weight / len(ids)) for token in ids]
         cells, words, shares = zip(*pairs, strict=True)
+        boxes = [box for picture in pictures for box in picture.boxes]
+        placed = [cell for cell, box in enumerate(boxes) if box is not None]
         return Cells(
             torch.cat([picture.tile for picture in pictures]),
             torch.tensor(cells),
             torch.tensor(words),
             torch.tensor(shares),
+            torch.tensor(placed, dtype=torch.long),
+            torch.tensor([boxes[cell] for cell in placed], dtype=torch.float32).reshape(-1, 4) / 1000,
             tuple(picture.source for picture in pictures),
         )
 
