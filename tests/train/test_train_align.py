@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from internvl.data.images import normalise, open_image
 from internvl.data.mixture import read_sets
 from internvl.data.tiling import single
 from internvl.train.run import Data, Optimiser, Part, RunConfig, Schedule
-from internvl.train.stages.align import NAMES, PLACES, WAVES, Align, cells_under, place_waves
+from internvl.train.stages.align import BACKGROUND_TOKENS, NAMES, PLACES, WAVES, Align, cells_under, place_waves
 from tiny import tiny_model, tiny_tokenizer
 
 
@@ -48,11 +49,11 @@ def records(tmp_path: Path) -> Path:
     return tmp_path / "set.jsonl"
 
 
-def stage(records: Path) -> Align:
+def stage(records: Path, **data: Any) -> Align:
     run = RunConfig(
         stage="align",
         connector=Part("full"),
-        data=Data(meta=str(records), batch_samples=4),
+        data=Data(meta=str(records), batch_samples=4, **data),
         schedule=Schedule(steps=1),
         optimiser=Optimiser(peak_lr=1e-3),
     )
@@ -107,7 +108,7 @@ def test_a_letter_says_no_place(records: Path) -> None:
     batch = next(made.batches())
     lines = [int(source.rsplit(":", 1)[1]) for source in batch.sources]
     blue = {place for place, line in enumerate(lines) if line % 2 == 0}
-    assert {int(cell) // made.side**2 for cell in batch.placed} == blue
+    assert {int(token) // made.side**2 for token in batch.tokens[batch.placed]} == blue
 
 
 @given(st.lists(st.floats(0, 1), min_size=4, max_size=4), st.lists(st.floats(0, 1), min_size=4, max_size=4))
@@ -117,6 +118,33 @@ def test_boxes_that_differ_have_waves_that_differ(one: list[float], other: list[
     assert waves.shape == (2, 8 * len(WAVES))
     # The slowest sine and cosine alone: 2 |sin(pi d / 2)| >= 2 d for sides d apart.
     assert float((waves[0] - waves[1]).norm()) >= 2 * float((boxes[0] - boxes[1]).norm()) - 1e-9
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_kept_features_give_the_losses_of_fresh_ones(records: Path, where: str) -> None:
+    fresh = stage(records)
+    kept = stage(records, features=where, augment="off", features_folder=str(records.parent / "features"))
+    for _, one, other in zip(range(5), fresh.batches(), kept.batches(), strict=False):
+        assert torch.equal(one.tokens, other.tokens)
+        a, b = fresh.losses(fresh.prepare(one)), kept.losses(kept.prepare(other))
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-4)
+    assert kept.store is not None
+    assert len(kept.store) == 2  # eight records, two different pictures
+    assert len(other.tiles) == 0
+    assert len(one.tiles) == 4
+
+
+def test_few_background_tokens_are_looked_at_and_not_the_same_each_time(records: Path) -> None:
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    for line in lines:
+        line["regions"][0]["box"] = [0, 0, 500, 500]
+    records.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    made = stage(records)
+    made.side, batches = 8, made.batches()
+    looked = [{int(token) for token in next(batches).tokens} for _ in range(3)]
+    assert all(len(some) == 4 * (16 + BACKGROUND_TOKENS) for some in looked)
+    assert looked[0] != looked[1]
 
 
 def test_the_cursor_gives_the_batches_that_remain(records: Path) -> None:

@@ -16,6 +16,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from internvl.config import ChatConfig
+from internvl.train.run import RunConfig
+
 DIGEST_BYTES = 16
 
 Compute = Callable[[Tensor], Tensor]
@@ -34,6 +37,31 @@ def key(vision: nn.Module, **settings: Any) -> str:
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def open_store(
+    run: RunConfig, config: ChatConfig, vision: nn.Module, compute: Compute, device: torch.device
+) -> MemoryStore | None:
+    """Where `run` keeps the features that `compute` gives for tiles; None where it keeps none.
+
+    ValueError where they would change from step to step: the vision part learns, or tiles are augmented.
+    """
+    data = run.data
+    if data.features == "none":
+        return None
+    if run.vision.learn != "frozen" or data.augment != "off":
+        raise ValueError(
+            f"data.features is {data.features!r}, but vision.learn is {run.vision.learn!r} and data.augment "
+            f"is {data.augment!r}; features are kept of a frozen vision part and of tiles that never change (off)"
+        )
+    if data.features == "memory":
+        return MemoryStore()
+    settings = {"layer": config.feature_layer, "normalize": config.normalize, "side": config.tile_size}
+    name = key(vision, **settings, precision=run.precision, device=device.type)
+    probe = torch.zeros(1, 3, config.tile_size, config.tile_size, dtype=torch.uint8, device=device)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+        shape = compute(probe)
+    return DiskStore(Path(data.features_folder or f"{run.out}/features") / name, shape.shape[1:], shape.dtype)
 
 
 class MemoryStore:

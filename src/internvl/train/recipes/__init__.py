@@ -22,6 +22,7 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "tiny_sft": Recipe(tiny.tiny_sft, tiny.prepare),
+    "pocket_align_connector": Recipe(pocket.pocket_align_connector, pocket.prepare),
     "pocket_align": Recipe(pocket.pocket_align, pocket.prepare),
     "pocket_connector": Recipe(pocket.pocket_connector, pocket.prepare),
     "pocket_sft": Recipe(pocket.pocket_sft, pocket.prepare),

@@ -15,23 +15,43 @@ BASE = "runs/pocket-base"
 DATA = "data/pocket"
 
 
-def pocket_align() -> RunConfig:
-    """`pocket`, warm start: connector and ViT (LoRA 64) towards word embeddings; the language model is not run.
+def pocket_align_connector() -> RunConfig:
+    """`pocket`, warm start, part 1: the connector alone towards word embeddings, on features seen once and kept.
 
-    Not in the papers: it costs a tenth of a step through the language model, which two cores need. Rates found by
-    trying. Command: internvl train pocket_align
+    Not in the papers: neither ViT nor language model run after the first epoch, so a picture costs a thousandth of a
+    pass through the language model, which two cores need. Rates found by trying; 8 GB of memory for the features.
+    Command: internvl train pocket_align_connector
     """
     return RunConfig(
-        out="runs/pocket_align",
+        out="runs/pocket_align_connector",
         stage="align",
         model=BASE,
-        vision=Part("lora", rank=64, dropout=0.0, lr_scale=0.4),
         connector=Part("full"),
-        data=Data(meta=f"{DATA}/meta.json", batch_samples=16),
-        optimiser=Optimiser(peak_lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0),
-        schedule=Schedule(steps=3000, warmup_share=0.03),
+        data=Data(meta=f"{DATA}/meta.json", batch_samples=64, augment="off", features="memory"),
+        optimiser=Optimiser(peak_lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05, clip=2.0),
+        schedule=Schedule(steps=4000, warmup_share=0.04),
         precision="bf16",
         compile=True,
+        log_every=50,
+        save_every=500,
+    )
+
+
+def pocket_align() -> RunConfig:
+    """`pocket`, warm start, part 2: connector and ViT (LoRA 64) towards word embeddings and places, from part 1.
+
+    Higher rates undo what part 1 learnt. Command: internvl train pocket_align
+    """
+    run = pocket_align_connector()
+    return replace(
+        run,
+        out="runs/pocket_align",
+        model="runs/pocket_align_connector/model",
+        vision=Part("lora", rank=64, dropout=0.0),
+        connector=Part("full", lr_scale=0.5),
+        data=Data(meta=f"{DATA}/meta.json", batch_samples=16),
+        optimiser=Optimiser(peak_lr=3e-4, betas=(0.9, 0.98), weight_decay=0.0),
+        schedule=Schedule(steps=3000, warmup_share=0.03),
         log_every=10,
         save_every=250,
     )

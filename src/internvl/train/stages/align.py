@@ -26,16 +26,18 @@ from internvl.data.mixture import DataSet, read_sets
 from internvl.data.tiling import single
 from internvl.load import load_checkpoint
 from internvl.models.chat import ChatModel
-from internvl.train import trainable
+from internvl.train import features, trainable
 from internvl.train.export import export_model, export_parts
 from internvl.train.run import RunConfig
 
-NAMES, NORM, PLACES = "names", "norm", "places"
-SHARPNESS = 16.0
+NAMES, NEAR, NORM, PLACES = "names", "near", "norm", "places"
+SHARPNESS = 50.0
 """Factor on the cosines before the softmax over the words."""
 BACKGROUND = "background"
-BACKGROUND_WEIGHT = 0.15
+BACKGROUND_WEIGHT = 0.3
 """Of a token under which there is nothing; a token inside a region weighs 1."""
+BACKGROUND_TOKENS = 12
+"""Most such tokens of a picture, drawn anew each time: they are easy, and many."""
 WAVES = (1, 2, 4)
 """Half periods, over the picture, of the sines and cosines that say where the sides of a box are."""
 PLACE_SHARE = 0.5
@@ -49,7 +51,10 @@ class Picture:
     """One record with regions, as one tile."""
 
     source: str
-    tile: UInt8[Tensor, "1 3 side side"]
+    tile: UInt8[Tensor, "1 3 side side"] | None
+    """None where its features are kept."""
+    digest: bytes
+    """Content of the tile, where features are kept."""
     cells: list[list[str]]
     """Texts of the regions under each token, row by row; none: background."""
     boxes: list[list[int] | None]
@@ -58,14 +63,22 @@ class Picture:
 
 @dataclass(frozen=True)
 class Cells:
-    """Tiles, and which words each token should be near."""
+    """Tiles, and which words each token that is looked at should be near."""
 
-    tiles: UInt8[Tensor, "tiles 3 side side"]
+    tiles: UInt8[Tensor, "fresh 3 side side"]
+    """Of every picture, or of those whose features are not kept."""
+    fresh: tuple[bytes, ...]
+    digests: tuple[bytes, ...]
+    """Content of these tiles, and of every picture's: where features are kept."""
+    tokens: Int[Tensor, " looked"]
+    """Places among all tokens of all pictures."""
     cell: Int[Tensor, " pairs"]
+    """Places in `tokens`."""
     word: Int[Tensor, " pairs"]
     share: Float[Tensor, " pairs"]
     """Weight of the token divided among its words."""
     placed: Int[Tensor, " placed"]
+    """Places in `tokens`."""
     boxes: Float[Tensor, "placed 4"]
     """Of the tokens in `placed`: sides as shares of the picture."""
     sources: tuple[str, ...]
@@ -106,13 +119,16 @@ def place_waves(boxes: Float[Tensor, "boxes 4"]) -> Float[Tensor, "boxes waves"]
 class Align:
     """Contrast of connector outputs with word embeddings; along fixed directions they say where the box is."""
 
-    coefficients: Mapping[str, float] = {NAMES: 1.0, NORM: 0.1, PLACES: 0.2}
+    coefficients: Mapping[str, float] = {NAMES: 1.0, NEAR: 0.5, NORM: 0.1, PLACES: 0.2}
 
     def __init__(self, run: RunConfig, model: ChatModel, tokenizer: Any, sets: Sequence[DataSet]) -> None:
         self.run, self.model, self.tokenizer, self.sets = run, model, tokenizer, sets
         self.side = math.isqrt(model.config.tokens_per_tile)
         self.size = run.data.batch_samples or 16
         self.epoch, self.place = 0, 0
+        self.store: features.MemoryStore | None = None
+        self.known: dict[tuple[int, int], Picture] = {}
+        self.spelled: dict[str, list[int]] = {}
         if not self.lines:
             raise ValueError(f"{run.data.meta}: no record has regions; write them with `internvl data build`")
 
@@ -155,6 +171,7 @@ class Align:
         if run.compile:
             for block in self.model.vision.layers:
                 block.compile()
+        self.store = features.open_store(run, self.model.config, self.model.vision, self._features, device)
         return learner
 
     def batches(self) -> Generator[Cells, None, None]:
@@ -164,7 +181,8 @@ class Align:
             while self.place + size <= len(order):
                 chosen = order[self.place : self.place + size]
                 self.place += size
-                yield self._batch([self._picture(*self.lines[int(k)]) for k in chosen])
+                drawn = np.random.default_rng((self.run.seed, self.epoch, self.place))
+                yield self._batch([self._picture(*self.lines[int(k)]) for k in chosen], drawn)
             self.epoch, self.place = self.epoch + 1, 0
 
     def cursor(self) -> dict[str, Any]:
@@ -180,28 +198,28 @@ class Align:
         return batch
 
     def weights(self, batch: Cells) -> dict[str, float]:
-        cells = float(batch.tiles.shape[0] * self.side**2)
-        return {NAMES: float(batch.share.double().sum()), NORM: cells, PLACES: max(1.0, float(len(batch.placed)))}
+        said = float(batch.share.double().sum())
+        looked, placed = float(len(batch.tokens)), float(len(batch.placed))
+        return {NAMES: said, NEAR: said, NORM: looked, PLACES: max(1.0, placed)}
 
     def losses(self, prepared: Cells) -> dict[str, Float[Tensor, ""]]:
-        """Cross-entropy of cosines against the words of each token; squared log-ratio of norms; squares of waves."""
-        config = self.model.config
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.run.vision.learn != "frozen"):
-            seen = self.model.vision(normalise(prepared.tiles, config.normalize), config.feature_layer)[:, 1:]
-        said = self.model.connector(seen).float().flatten(0, 1)
-        cosines = F.normalize(said, dim=-1) @ F.normalize(self.table, dim=-1).T
+        """Cross-entropy over all words, distance to the right ones, squared log-ratio of norms, squares of waves."""
+        seen = self._seen(prepared)
+        said = self.model.connector(seen).flatten(0, 1)[prepared.tokens].float()
+        cosines = (F.normalize(said, dim=-1) @ F.normalize(self.table, dim=-1).T).float()
         likely = F.log_softmax(SHARPNESS * cosines, dim=-1)
         names = -(prepared.share * likely[prepared.cell, prepared.word]).sum()
+        near = (prepared.share * (1 - cosines[prepared.cell, prepared.word])).sum()
         target = self.table.norm(dim=-1).mean().log()
         norm = (said.norm(dim=-1).clamp_min(1e-6).log() - target).square().sum()
         heard = said[prepared.placed] @ (self.directions / self.directions[0].square().sum()).T
         places = (heard - place_waves(prepared.boxes)).square().sum()
-        return {NAMES: names, NORM: norm, PLACES: places}
+        return {NAMES: names, NEAR: near, NORM: norm, PLACES: places}
 
     def sizes(self, batch: Cells) -> dict[str, int]:
-        tiles = int(batch.tiles.shape[0])
+        tiles = len(batch.sources)
         tokens = tiles * self.side**2
-        return {"samples": tiles, "tokens": tokens, "learned": int(batch.cell.unique().numel()), "tiles": tiles}
+        return {"samples": tiles, "tokens": tokens, "learned": len(batch.tokens), "tiles": tiles}
 
     def describe(self, batch: Cells) -> str:
         return ", ".join(batch.sources)
@@ -223,35 +241,69 @@ class Align:
 
     def _ids(self, text: str) -> list[int]:
         """A letter as it stands inside a word, a name as it stands inside a sentence."""
-        ids: list[int] = self.tokenizer.encode(text if len(text) == 1 else f" {text}", add_special_tokens=False)
-        return ids
+        if text not in self.spelled:
+            letter = len(text) == 1
+            self.spelled[text] = self.tokenizer.encode(text if letter else f" {text}", add_special_tokens=False)
+        return self.spelled[text]
+
+    def _seen(self, batch: Cells) -> Float[Tensor, "pictures patches width"]:
+        if self.store is None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.run.vision.learn != "frozen"):
+                return self._features(batch.tiles)
+        if batch.fresh:
+            self.store.gather(batch.tiles, batch.fresh, self._features)
+        return torch.stack([self.store.get(name) for name in batch.digests]).to(self.table.device)
+
+    def _features(self, tiles: Tensor) -> Float[Tensor, "tiles patches width"]:
+        config = self.model.config
+        states: Tensor = self.model.vision(normalise(tiles, config.normalize), config.feature_layer)
+        return states[:, 1:]
 
     def _picture(self, number: int, position: int) -> Picture:
+        known = self.known.get((number, position))
+        if known is not None and self.store is not None and known.digest in self.store:
+            return known
         data, line = self.sets[number], self._line(number, position)
         tile = single(open_image(Path(data.root) / line["image"]), self.model.config.tile_size)
         regions = line["regions"]
         under = cells_under(regions, self.side)
         texts = [[regions[k]["text"] for k in cell] for cell in under]
         boxes = [regions[cell[0]]["box"] if cell and len(regions[cell[0]]["text"]) > 1 else None for cell in under]
-        return Picture(data.source(position), tile, texts, boxes)
+        digest = features.digests(tile)[0] if self.store is not None else b""
+        picture = Picture(data.source(position), tile, digest, texts, boxes)
+        if self.store is not None:
+            self.known[number, position] = replace(picture, tile=None)
+        return picture
 
-    def _batch(self, pictures: Sequence[Picture]) -> Cells:
+    def _batch(self, pictures: Sequence[Picture], drawn: np.random.Generator) -> Cells:
+        tokens: list[int] = []
         pairs: list[tuple[int, int, float]] = []
-        for place, picture in enumerate(pictures):
-            for cell, texts in enumerate(picture.cells, place * self.side**2):
-                weight = 1.0 if texts else BACKGROUND_WEIGHT
+        placed: list[tuple[int, list[int]]] = []
+        for number, picture in enumerate(pictures):
+            empty = [place for place, texts in enumerate(picture.cells) if not texts]
+            kept = {int(place) for place in drawn.permutation(empty)[:BACKGROUND_TOKENS]}
+            for place, (texts, box) in enumerate(zip(picture.cells, picture.boxes, strict=True)):
+                if not texts and place not in kept:
+                    continue
                 ids = [token for text in texts or [BACKGROUND] for token in self._ids(text)]
-                pairs += [(cell, self.words[token], weight / len(ids)) for token in ids]
+                weight = 1.0 if texts else BACKGROUND_WEIGHT
+                pairs += [(len(tokens), self.words[token], weight / len(ids)) for token in ids]
+                placed += [(len(tokens), box)] if box is not None else []
+                tokens.append(number * self.side**2 + place)
         cells, words, shares = zip(*pairs, strict=True)
-        boxes = [box for picture in pictures for box in picture.boxes]
-        placed = [cell for cell, box in enumerate(boxes) if box is not None]
+        side = self.model.config.tile_size
         return Cells(
-            torch.cat([picture.tile for picture in pictures]),
+            torch.cat(
+                [torch.empty(0, 3, side, side, dtype=torch.uint8), *(p.tile for p in pictures if p.tile is not None)]
+            ),
+            tuple(picture.digest for picture in pictures if picture.tile is not None) if self.store is not None else (),
+            tuple(picture.digest for picture in pictures) if self.store is not None else (),
+            torch.tensor(tokens),
             torch.tensor(cells),
             torch.tensor(words),
             torch.tensor(shares),
-            torch.tensor(placed, dtype=torch.long),
-            torch.tensor([boxes[cell] for cell in placed], dtype=torch.float32).reshape(-1, 4) / 1000,
+            torch.tensor([cell for cell, _ in placed], dtype=torch.long),
+            torch.tensor([box for _, box in placed], dtype=torch.float32).reshape(-1, 4) / 1000,
             tuple(picture.source for picture in pictures),
         )
 

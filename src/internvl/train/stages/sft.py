@@ -79,7 +79,7 @@ class Sft:
         if run.compile:
             for block in (*self.model.vision.layers, *self.model.language.model.model.layers):
                 block.compile()
-        self.store = self._open_store(device)
+        self.store = features.open_store(run, self.model.config, self.model.vision, self._features, device)
         return learner
 
     def batches(self) -> Generator[ChatBatch, None, None]:
@@ -161,30 +161,6 @@ class Sft:
         config = self.model.config
         states: Tensor = self.model.vision(normalise(tiles, config.normalize), config.feature_layer)
         return states[:, 1:]
-
-    def _open_store(self, device: torch.device) -> features.MemoryStore | None:
-        data = self.run.data
-        if data.features == "none":
-            return None
-        if self.run.vision.learn != "frozen" or data.augment != "off":
-            raise ValueError(
-                f"data.features is {data.features!r}, but vision.learn is {self.run.vision.learn!r} and data.augment "
-                f"is {data.augment!r}; features are kept of a frozen vision part and of tiles that never change (off)"
-            )
-        if data.features == "memory":
-            return features.MemoryStore()
-        config = self.model.config
-        settings: dict[str, Any] = {
-            "layer": config.feature_layer,
-            "normalize": config.normalize,
-            "side": config.tile_size,
-        }
-        settings |= {"precision": self.run.precision, "device": device.type}
-        folder = Path(data.features_folder or f"{self.run.out}/features") / features.key(self.model.vision, **settings)
-        probe = torch.zeros(1, 3, config.tile_size, config.tile_size, dtype=torch.uint8, device=device)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.run.precision == "bf16"):
-            shape = self._features(probe)
-        return features.DiskStore(folder, shape.shape[1:], shape.dtype)
 
 
 def _without_mask(batch: ChatBatch) -> ChatBatch:
