@@ -317,6 +317,16 @@ def test_video_frames_are_tiles_and_lines(tmp_path: Path) -> None:
     assert [int(tile[0, 0, 0]) for tile in sample.tiles] == [0, 40, 60]
 
 
+def test_video_frames_are_padded_like_pictures(tmp_path: Path) -> None:
+    folder = frames_folder(tmp_path)
+    made = encoder(config={"pad_to_square": True, "dynamic_tiles": False}, frames=FrameSettings("centres", 2, 2))
+    parts = [{"type": "video", "video": str(folder)}, {"type": "text", "text": "Q"}]
+    frames = made.prompt([{"role": "user", "content": parts}]).tiles
+    picture = made.prompt([{"role": "user", "content": "Q"}], [folder / "frame_1.png"]).tiles
+    assert torch.equal(frames[0], picture[0])
+    assert int(frames[0, 1, 0, 0]) > 0  # the mean colour above, where the frame itself has no green
+
+
 def test_videos_and_images_mix_in_a_prompt(tmp_path: Path) -> None:
     folder = frames_folder(tmp_path)
     made = encoder(frames=FrameSettings("centres", 2, 2, label="Frame{}: "))

@@ -207,7 +207,10 @@ class Encoder:
         return tiles if augment is None else jpeg_augment(tiles, augment)
 
     def _frame_tiles(self, video: Any, indices: Sequence[int]) -> list[UInt8[Tensor, "1 3 side side"]]:
-        return [single(frame, self.config.tile_size) for frame in read_frames(video, indices, self.limits)]
+        frames = read_frames(video, indices, self.limits)
+        if self.config.pad_to_square:
+            frames = [pad_to_square(frame, self.config.normalize) for frame in frames]
+        return [single(frame, self.config.tile_size) for frame in frames]
 
     def _stack(self, tiles: Sequence[Tensor]) -> UInt8[Tensor, "tiles 3 side side"]:
         if not tiles:
