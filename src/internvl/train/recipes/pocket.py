@@ -123,19 +123,20 @@ def pocket_connector_cpu() -> RunConfig:
 def pocket_sft_cpu() -> RunConfig:
     """Stage 2 on two cores, from the align stage: connector, image-token rows, LoRA 32 on the language model.
 
-    The ViT keeps what the align stage taught it. Blocks are compiled (1.6 times the eager rate in bf16), batches hold
-    2,600 positions. Command: internvl train pocket_sft_cpu
+    The ViT keeps what the align stage taught it. Blocks are compiled, batches hold 1,600 positions.
+    Command: internvl train pocket_sft_cpu
     """
     run = pocket_sft()
-    data = replace(run.data, batch_samples=None, batch_tokens=2600, batch_tiles=24, workers=0, held_out_samples=128)
+    data = replace(run.data, batch_samples=None, batch_tokens=1600, batch_tiles=16, workers=0, held_out_samples=128)
     return replace(
         run,
         out="runs/pocket_sft_cpu",
         model="runs/pocket_align/model",
         vision=Part("frozen"),
-        connector=Part("full", lr_scale=1.5),
+        connector=Part("full", lr_scale=0.3),
         data=data,
-        schedule=Schedule(steps=4000, warmup_share=0.03),
+        optimiser=replace(run.optimiser, peak_lr=6e-4),
+        schedule=Schedule(steps=6000, warmup_share=0.03),
         compile=True,
         log_every=10,
         save_every=100,
