@@ -5,6 +5,7 @@ Fields that this project does not use are kept in `ChatConfig.unknown` and writt
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -98,7 +99,9 @@ VISION_CONSTANTS: dict[str, Any] = {
 }
 """Written always; kept as unknown where a file says otherwise."""
 
-READ_BY_US = {*CHAT_FIELDS.values(), "vision_config", "llm_config", "torch_dtype", "dtype"}
+READ_BY_US = {*CHAT_FIELDS.values(), "vision_config", "llm_config", "torch_dtype", "dtype"} | {
+    *("use_backbone_lora", "use_llm_lora"),  # how the weights are wrapped (convert/lora.py), not what the model is
+}
 
 LANGUAGE_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 """Must be there: no default fits every language model."""
@@ -111,12 +114,12 @@ def from_official(settings: Mapping[str, Any], where: object = "config.json") ->
     """The config of an `internvl_chat` config.json."""
     if settings.get("model_type") != MODEL_TYPE:
         raise ValueError(f"{where}: model_type is {settings.get('model_type')!r}, must be {MODEL_TYPE!r}")
-    for field in ("use_backbone_lora", "use_llm_lora"):
-        if settings.get(field):
-            raise ValueError(
-                f"{where}: {field} is {settings[field]}: the weights are wrapped in adapters. "
-                f"Merge them with the official tools/merge_lora.py first"
-            )
+    if "ps_version" not in settings:
+        warnings.warn(
+            f"{where}: ps_version is absent, which means v1 (tokens column by column, as releases before 1.5 learned "
+            f"them); if the model is newer, set it to v2",
+            stacklevel=2,
+        )
     vision, language = _mapping(settings, "vision_config", where), _mapping(settings, "llm_config", where)
     chat = {
         ours: settings.get(disk, CHAT_DEFAULTS.get(disk))
@@ -182,12 +185,6 @@ CONNECTOR_RULES = [
     rename("connector.fc1.*", "mlp1.1.*"),
     rename("connector.fc2.*", "mlp1.3.*"),
 ]
-HEAD_KEYS = {"internlm2": "language_model.output.weight"}
-"""Where the output head is not `language_model.lm_head.weight`."""
-
-
-def head_key(config: ChatConfig) -> str:
-    return HEAD_KEYS.get(config.language.family, "language_model.lm_head.weight")
 
 
 def _language_rules(config: LanguageConfig) -> list[Rule]:
