@@ -13,7 +13,7 @@ TARGETS = {
     "vision_model.": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
     "internlm2": ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
     "phi3": ("mlp.down_proj", "mlp.gate_up_proj", "self_attn.o_proj", "self_attn.qkv_proj"),
-    "llama": tuple(f"self_attn.{x}_proj" for x in "qkvo") + ("mlp.gate_proj", "mlp.down_proj", "mlp.up_proj"),
+    "llama": (*(f"self_attn.{x}_proj" for x in "qkvo"), "mlp.gate_proj", "mlp.down_proj", "mlp.up_proj"),
 }
 """wrap_backbone_lora and wrap_llm_lora of the official modeling_internvl_chat.py."""
 FIELDS = {"vision_model.": "use_backbone_lora", "language_model.": "use_llm_lora"}
@@ -22,7 +22,7 @@ FIELDS = {"vision_model.": "use_backbone_lora", "language_model.": "use_llm_lora
 def wrap(
     folder: Path, family: str, *, vision_rank: int = 2, language_rank: int = 3, old_peft: bool = False, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Wrap the official checkpoint of a folder in place; returns the plain weights with the changes added in float64."""
+    """Wrap an official checkpoint in place; returns the plain weights with the changes added in float64."""
     generator = torch.Generator().manual_seed(seed)
     weights, merged = load_file(folder / "model.safetensors"), {}
     ranks = {"vision_model.": vision_rank, "language_model.": language_rank}

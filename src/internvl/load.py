@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from importlib.util import find_spec
@@ -104,6 +104,8 @@ class Opened:
     names: Mapping[str, str]
     """Key of the layout -> key in the file."""
     entries: tuple[Entry, ...]
+    ours: Mapping[str, torch.Size]
+    """Our key -> shape."""
     adapters: tuple[Mapping[str, Pair], ...]
     """Each adapter: our weight key -> what changes it."""
 
@@ -136,6 +138,10 @@ class Opened:
                 part += pair.change().to(part.device)
         return [part.to(dtype or self.kind(entry)) for part in copies]
 
+    def shapes(self, entry: Entry) -> list[torch.Size]:
+        """Of our tensors of one entry."""
+        return [self.ours[key] for key in entry.ours]
+
     def kind(self, entry: Entry) -> torch.dtype:
         """The stored number type of an entry, the wider one where several are fused."""
         kinds = [NUMBER_TYPES[self.weights.types[self.names[key]]] for key in entry.disk]
@@ -154,10 +160,11 @@ def open_checkpoint(path: str | Path, *, layout: str | None = None, adapters: Se
         raise FileNotFoundError(f"{path}: no such folder, and no model of that name; names are {', '.join(CHAT)}")
     settings = read_json(folder / "config.json")
     layout = _known(layout or _layout(settings, folder))
-    weights, ranks, image_token_id = open_weights(folder), {}, None
+    weights, image_token_id = open_weights(folder), None
+    wrapped: dict[str, Pair] = {}
     if layout == "native":
         config, image_token_id = native.from_native(settings, folder / "config.json")
-        names, wrapped = {native.current_key(key): key for key in weights.shapes}, {}
+        names = {native.current_key(key): key for key in weights.shapes}
     else:
         config = official.from_official(settings, folder / "config.json")
         ranks = lora.official_ranks(settings, folder / "config.json")
@@ -170,7 +177,7 @@ def open_checkpoint(path: str | Path, *, layout: str | None = None, adapters: Se
     check_keys(entries, ours, found, folder, optional=optional)
     stacked = [_known_pairs(wrapped, config, ours, folder)] if wrapped else []
     stacked += [_known_pairs(lora.read_adapter(Path(a)), config, ours, a) for a in adapters]
-    return Opened(folder, layout, settings, config, image_token_id, weights, names, tuple(entries), tuple(stacked))
+    return Opened(folder, layout, settings, config, image_token_id, weights, names, tuple(entries), ours, tuple(stacked))
 
 
 def save_checkpoint(model: ChatModel, tokenizer: Any, out: str | Path, layout: str = "official") -> None:
@@ -197,7 +204,7 @@ def write_checkpoint(
     """Weights and config.json. `kinds` has the shape and number type of each of our keys (meta tensors do); `read`
     brings one when it is written, so that memory holds one shard at a time."""
     settings = _settings(config, layout, image_token_id)
-    entries = expand(_rules(config, layout), kinds)
+    entries = disk_keys(config, layout, kinds, image_token_id)
     readers = {key: (entry, index) for entry in entries for index, key in enumerate(entry.disk)}
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for entry in entries:
@@ -212,6 +219,12 @@ def write_checkpoint(
     write_weights(folder, shapes, written, max_shard_bytes)
     dtype = str(kinds[EMBEDDING].dtype).removeprefix("torch.")
     write_json(folder / "config.json", {**settings, "torch_dtype": dtype})
+
+
+def disk_keys(config: ChatConfig, layout: str, ours: Iterable[str], image_token_id: int | None) -> list[Entry]:
+    """Our keys and those of a layout; ValueError where the layout has no place for the model."""
+    _settings(config, layout, image_token_id)
+    return expand(_rules(config, layout), ours)
 
 
 def _settings(config: ChatConfig, layout: str, image_token_id: int | None) -> dict[str, Any]:

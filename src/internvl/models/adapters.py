@@ -119,9 +119,8 @@ def attach(
     config = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=root_scaled, target_modules=sorted(halves))
     _inject(model, part, config, names[-1])
     for name, (down, up) in halves.items():
-        layer = module.get_submodule(name)
         for side, value in (("lora_A", down), ("lora_B", up)):
-            weight = layer.get_submodule(f"{side}.{names[-1]}").weight
+            weight = module.get_parameter(f"{name}.{side}.{names[-1]}.weight")
             if weight.shape != value.shape:
                 raise ValueError(f"{part} adapter {name}.{side} is {tuple(value.shape)}, must be {tuple(weight.shape)}")
             weight.copy_(value)
