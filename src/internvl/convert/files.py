@@ -152,6 +152,12 @@ def _open_shards(folder: Path, index: Path) -> Weights:
     wrong = sorted(key for key, name in places.items() if key not in files or files[key].name != name)
     if wrong:
         raise ValueError(f"{index}: {_some(wrong)} not in the shard that it names; download the shards again")
+    unnamed = sorted(files.keys() - places.keys())
+    if unnamed:
+        raise ValueError(
+            f"{index}: does not name {_some(unnamed)}, which {files[unnamed[0]].name} holds; "
+            f"download the index and the shards again"
+        )
     return Weights(files, shapes, types)
 
 
