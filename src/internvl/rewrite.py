@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from internvl.config import ChatConfig
 from internvl.convert import lora
-from internvl.convert.files import MAX_SHARD_BYTES
+from internvl.convert.files import MAX_SHARD_BYTES, read_json, write_json
 from internvl.convert.keys import Entry
 from internvl.load import (
     EMBEDDING,
@@ -39,6 +39,11 @@ from internvl.zoo import CHAT
 
 BESIDE = ("generation_config.json", "preprocessor_config.json")
 """Files that mean the same in both layouts."""
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("chat_template.json", "tokenizer.model", "vocab.json", "merges.txt"),
+)
 
 
 @dataclass(frozen=True)
@@ -163,12 +168,29 @@ def _write_opened(opened: Opened, folder: Path, wanted: Wanted) -> Written:
     write_checkpoint(folder, opened.config, wanted.layout, image_token_id, kinds, read, wanted.max_shard_bytes)
     if wanted.apart:
         _write_apart(opened, folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
-    for name in BESIDE:
-        if (opened.folder / name).is_file():
-            shutil.copyfile(opened.folder / name, folder / name)
+    _write_tokenizer(opened.folder, folder, tokenizer)
+    _copy(opened.folder, folder, BESIDE)
     return Written(opened.layout, _count(opened.config, kinds), None, None)
+
+
+def _write_tokenizer(source: Path, folder: Path, tokenizer: Any) -> None:
+    """The same files where tokenizer.json says all; else one is made, so that nobody needs the release's code."""
+    if not (source / "tokenizer.json").is_file():
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))
+        return
+    _copy(source, folder, TOKENIZER_FILES)
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        settings = read_json(path)
+        if settings.pop("auto_map", None) is not None:  # names code that is not copied
+            write_json(path, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _copy(source: Path, folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _image_token_id(opened: Opened, wanted: Wanted, tokenizer: Any) -> int | None:

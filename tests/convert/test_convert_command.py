@@ -16,7 +16,7 @@ from internvl.cli import main
 from internvl.load import load_checkpoint, save_checkpoint
 from internvl.models.build import build
 from internvl.models.chat import ChatModel
-from tiny import tiny_chat_config, tiny_model, tiny_tokenizer
+from tiny import FAMILIES, tiny_chat_config, tiny_model, tiny_tokenizer
 from wrapped import wrap
 
 
@@ -40,6 +40,28 @@ def test_there_and_back(official: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) and first[key].dtype == torch.bfloat16 for key in first)
     assert (official / "config.json").read_text() == (back / "config.json").read_text()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("vision", ["300m", "6b"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_family_goes_there_and_back_byte_by_byte(
+    tmp_path: Path, family: str, vision: str, dtype: torch.dtype
+) -> None:
+    source, native, back = (tmp_path / name for name in ("source", "native", "back"))
+    save_checkpoint(tiny_model(family, vision=vision, dtype=dtype, max_tiles=7), tiny_tokenizer(), source)
+    assert rewrite.convert(source, native, rewrite.Wanted("native")).logit_difference == 0.0
+    assert rewrite.convert(native, back, rewrite.Wanted("official"), check=False).logit_difference is None
+    names = sorted(path.name for path in source.iterdir())
+    assert sorted(path.name for path in back.iterdir()) == names
+    assert [name for name in names if (source / name).read_bytes() != (back / name).read_bytes()] == []
+
+
+def test_pixel_shuffle_v1_has_no_native_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_checkpoint(tiny_model(pixel_shuffle="v1"), tiny_tokenizer(), tmp_path / "source")
+    assert main(["convert", str(tmp_path / "source"), str(tmp_path / "out"), "--layout", "native"]) == 1
+    assert "pixel shuffle v1 has no native form: transformers emits tokens row by row" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_another_number_type(official: Path, tmp_path: Path) -> None:

@@ -245,8 +245,6 @@ def trap(folder: Path) -> Path:
 @pytest.mark.parametrize("layout", ["official", "native"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_code_of_a_folder_runs(tmp_path: Path, family: str, layout: str) -> None:
-    if (family, layout) == ("phi3", "native"):
-        pytest.skip("Phi-3 has no native layout")
     folder = tmp_path / "model"
     save_checkpoint(tiny_model(family), tiny_tokenizer(), folder, layout)
     mark = trap(folder)
@@ -255,7 +253,11 @@ def test_no_code_of_a_folder_runs(tmp_path: Path, family: str, layout: str) -> N
     assert main(["convert", str(folder), str(tmp_path / "out"), "--image-token-id", "9"]) == 0
     assert not mark.exists()
     assert not [name for name in sys.modules if name.endswith("_trap")]
-    assert not list((tmp_path / "out").glob("*.py"))
+    assert not list((tmp_path / "out").glob("**/*.py"))
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert "auto_map" not in settings
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert load_checkpoint(tmp_path / "out").tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
 
 
 @pytest.mark.parametrize(("name", "family"), [("qwen", "qwen2"), ("internlm2", "internlm2")])
