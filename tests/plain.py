@@ -54,7 +54,10 @@ class PlainChat:
         cuts = tiles.unfold(2, patch, patch).unfold(3, patch, patch)  # tiles, 3, rows, columns, patch, patch
         cuts = cuts.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
         x = cuts @ w["embeddings.patch_embedding.weight"].flatten(1).T + w["embeddings.patch_embedding.bias"]
-        x = torch.cat([w["embeddings.class_embedding"].expand(len(x), 1, -1), x], 1) + w["embeddings.position_embedding"]
+        x = (
+            torch.cat([w["embeddings.class_embedding"].expand(len(x), 1, -1), x], 1)
+            + w["embeddings.position_embedding"]
+        )
         rms, states = config["norm_type"] == "rms_norm", [x]
         for n in range(config["num_hidden_layers"]):
             layer = f"encoder.layers.{n}"
@@ -84,9 +87,7 @@ class PlainChat:
         if self.settings["ps_version"] == "v1":
             places = [(r, c) for c in half for r in half]
         corners = ((0, 0), (0, 1), (1, 0), (1, 1))
-        x = torch.stack(
-            [torch.cat([grid[:, 2 * r + i, 2 * c + j] for i, j in corners], -1) for r, c in places], 1
-        )
+        x = torch.stack([torch.cat([grid[:, 2 * r + i, 2 * c + j] for i, j in corners], -1) for r, c in places], 1)
         w = self.weights
         x = F.layer_norm(x, x.shape[-1:], w["mlp1.0.weight"], w["mlp1.0.bias"])
         x = F.gelu(x @ w["mlp1.1.weight"].T + w["mlp1.1.bias"])

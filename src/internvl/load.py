@@ -177,7 +177,9 @@ def open_checkpoint(path: str | Path, *, layout: str | None = None, adapters: Se
     check_keys(entries, ours, found, folder, optional=optional)
     stacked = [_known_pairs(wrapped, config, ours, folder)] if wrapped else []
     stacked += [_known_pairs(lora.read_adapter(Path(a)), config, ours, a) for a in adapters]
-    return Opened(folder, layout, settings, config, image_token_id, weights, names, tuple(entries), ours, tuple(stacked))
+    return Opened(
+        folder, layout, settings, config, image_token_id, weights, names, tuple(entries), ours, tuple(stacked)
+    )
 
 
 def save_checkpoint(model: ChatModel, tokenizer: Any, out: str | Path, layout: str = "official") -> None:

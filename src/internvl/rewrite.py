@@ -74,9 +74,7 @@ class Written:
     """How far folding adapters in moved the logits of the same probe; None where there are none or no check."""
 
 
-def convert(
-    source: str | Path, target: Path, wanted: Wanted, *, check: bool = True, tolerance: float = 0.0
-) -> Written:
+def convert(source: str | Path, target: Path, wanted: Wanted, *, check: bool = True, tolerance: float = 0.0) -> Written:
     """Write `source` (a folder of either layout, or a name) to the folder `target`, which must be empty or not there.
 
     With `check`, logits of a random text and tile are computed by both, one model in memory after the other, in the
@@ -261,4 +259,3 @@ def describe(rows: Iterator[tuple[str, list[str], tuple[int, ...], str]], as_jso
         f"{key}  {'x'.join(map(str, shape))}  {dtype}" + ("" if sources == [key] else f"  <- {', '.join(sources)}")
         for key, sources, shape, dtype in rows
     )
-

@@ -26,7 +26,6 @@ from reference import golden
 from tiny import FAMILIES, tiny_batch, tiny_chat_config, tiny_model, tiny_tokenizer
 
 
-
 def same_weights(first: ChatModel, second: ChatModel) -> bool:
     mine, theirs = first.state_dict(), second.state_dict()
     return mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)

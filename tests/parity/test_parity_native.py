@@ -19,7 +19,15 @@ from internvl.models.build import build
 from reference import golden
 from tiny import IMAGE_TOKEN_ID, tiny_batch, tiny_chat_config, tiny_model
 
-CASES = [("300m", "llama"), ("6b", "qwen2"), ("300m", "qwen2"), ("6b", "llama"), ("300m", "internlm2"), ("300m", "phi3"), ("6b", "phi3")]
+CASES = [
+    ("300m", "llama"),
+    ("6b", "qwen2"),
+    ("300m", "qwen2"),
+    ("6b", "llama"),
+    ("300m", "internlm2"),
+    ("300m", "phi3"),
+    ("6b", "phi3"),
+]
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
 
@@ -73,8 +81,16 @@ def test_a_tied_head_stays_tied(tmp_path: Path) -> None:
 @pytest.mark.parametrize("length", [100, 140])
 def test_longrope_on_both_sides_of_the_original_length(tmp_path: Path, length: int) -> None:
     config = tiny_chat_config("phi3")
-    scaling = {"type": "su", "short_factor": [1.0 + n / 8 for n in range(8)], "long_factor": [2.0 + n for n in range(8)]}
-    ours = build(replace(config, language=replace(config.language, settings={**config.language.settings, "rope_scaling": scaling})))
+    scaling = {
+        "type": "su",
+        "short_factor": [1.0 + n / 8 for n in range(8)],
+        "long_factor": [2.0 + n for n in range(8)],
+    }
+    ours = build(
+        replace(
+            config, language=replace(config.language, settings={**config.language.settings, "rope_scaling": scaling})
+        )
+    )
     ours.image_token_id = IMAGE_TOKEN_ID
     save_checkpoint(ours, None, tmp_path / "native", "native")
     ids, tiles = tiny_batch(length, 2)

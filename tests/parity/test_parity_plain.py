@@ -46,7 +46,9 @@ def pair(folder: Path, family: str, vision: str, **changes: Any) -> tuple[ChatMo
     return ours, PlainChat(load_file(folder / "model.safetensors"), settings, IMAGE_TOKEN_ID)
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join([case[0], case[1], *map(str, case[2].values())]))
+@pytest.fixture(
+    scope="module", params=CASES, ids=lambda case: "-".join([case[0], case[1], *map(str, case[2].values())])
+)
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ChatModel, PlainChat]:
     family, vision, changes = request.param
     return pair(tmp_path_factory.mktemp("model"), family, vision, **changes)

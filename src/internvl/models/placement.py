@@ -175,5 +175,5 @@ def _covering(name: str, places: Mapping[str, Any]) -> str | None:
     return next((key for key in keys if key in places), None)
 
 
-def _gib(number: float) -> str:
+def _gib(number: int) -> str:
     return f"{number / 2**30:.2f} GiB"
