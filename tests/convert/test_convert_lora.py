@@ -114,7 +114,7 @@ def test_damaged_wrapping_names_the_key(tmp_path: Path, change: object, fields: 
 
 
 def test_a_rank_without_adapters_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="use_llm_lora is 16 in config.json but no key.*set it to 0"):
+    with pytest.raises(ValueError, match=r"use_llm_lora is 16 in config\.json but no key.*set it to 0"):
         load_checkpoint(settings_of(plain(tmp_path), use_llm_lora=16))
 
 

@@ -108,7 +108,7 @@ def test_the_fullest_device_is_as_empty_as_can_be(problem: tuple[dict[str, int],
     own, limits = problem
     best = best_share(own, limits)
     if best > 1:
-        with pytest.raises(ValueError, match="for weights but must hold|devices have"):
+        with pytest.raises(ValueError, match=r"for weights but must hold|devices have"):
             assign(own, limits)
         return
     places = assign(own, limits)
@@ -247,5 +247,5 @@ def test_loading_puts_weights_where_the_map_says(tmp_path: Path, device_map: obj
 
 def test_auto_says_what_does_not_fit(tmp_path: Path) -> None:
     save_checkpoint(tiny_model(), None, tmp_path)
-    with pytest.raises(ValueError, match="cpu has 0.00 GiB for weights but must hold 0.00 GiB"):
+    with pytest.raises(ValueError, match=r"cpu has 0\.00 GiB for weights but must hold 0\.00 GiB"):
         load_checkpoint(tmp_path, device_map="auto", max_bytes={"cpu": 1000})

@@ -140,8 +140,8 @@ def from_official(settings: Mapping[str, Any], where: object = "config.json") ->
     return _checked(
         ChatConfig,
         where,
-        vision=_vision(vision, where),
-        language=_language(language, where),
+        vision=vision_config(vision, where),
+        language=language_config(language, where),
         unknown=unknown,
         **chat,
     )
@@ -170,7 +170,7 @@ def to_official(config: ChatConfig) -> dict[str, Any]:
 
 def official_rules(config: ChatConfig) -> list[Rule]:
     """Our keys and the official ones."""
-    return [*VISION_RULES, *CONNECTOR_RULES, *_language_rules(config.language)]
+    return [*VISION_RULES, *CONNECTOR_RULES, *language_rules(config.language)]
 
 
 VISION_RULES = [
@@ -187,7 +187,7 @@ CONNECTOR_RULES = [
 ]
 
 
-def _language_rules(config: LanguageConfig) -> list[Rule]:
+def language_rules(config: LanguageConfig) -> list[Rule]:
     if config.family != "internlm2":
         return [rename("language.model.*", "language_model.*")]
     ours, disk = "language.model.model.layers.*", "language_model.model.layers.*"
@@ -207,7 +207,8 @@ def _language_rules(config: LanguageConfig) -> list[Rule]:
     ]
 
 
-def _vision(settings: Mapping[str, Any], where: object) -> VisionConfig:
+def vision_config(settings: Mapping[str, Any], where: object) -> VisionConfig:
+    """InternViT from `vision_config`, or from the config.json of an encoder alone."""
     if settings.get("hidden_act", "gelu") != "gelu":
         raise ValueError(f"{where}: vision hidden_act is {settings['hidden_act']!r}, must be 'gelu'")
     fields = {ours: settings.get(disk, VISION_DEFAULTS[disk]) for ours, disk in VISION_FIELDS.items()}
@@ -216,13 +217,14 @@ def _vision(settings: Mapping[str, Any], where: object) -> VisionConfig:
     return _checked(VisionConfig, where, **fields, drop_path_schedule=schedule)
 
 
-def _language(settings: Mapping[str, Any], where: object) -> LanguageConfig:
+def language_config(settings: Mapping[str, Any], where: object) -> LanguageConfig:
+    """A language model from `llm_config`, or from the config.json of one alone."""
     names = settings.get("architectures") or [None]
     if names[0] not in FAMILIES:
         raise ValueError(f"{where}: language model {names[0]!r} is not one of {', '.join(FAMILIES)}")
     wrong = {key: settings.get(key) for key in LANGUAGE_SIZES if not isinstance(settings.get(key), int)}
     if wrong:
-        raise ValueError(f"{where}: llm_config has {wrong}; each must be a whole number")
+        raise ValueError(f"{where}: the language model has {wrong}; each must be a whole number")
     return LanguageConfig(FAMILIES[names[0]], settings)
 
 

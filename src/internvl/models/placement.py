@@ -16,22 +16,17 @@ from torch import Tensor, nn
 
 from internvl.models.chat import ChatModel
 
-LAYERS = "language.model.model.layers."
-FIRST = (
-    "vision",
-    "connector",
-    "language.model.model.embed_tokens",
-    "language.model.model.norm",
-    "language.model.lm_head",
-)
+DECODER = "language.model.model"
+FIRST = ("vision", "connector", f"{DECODER}.embed_tokens", f"{DECODER}.norm", "language.model.lm_head")
 """Modules of the first device, beside its layers."""
+LAYERS = f"{DECODER}.layers."
 
 SHARE_OF_FREE = 0.85
 """Of the free memory of a GPU: the rest is for activations and the KV cache."""
 
 
 def budgets(max_bytes: Mapping[str, int] | None = None) -> dict[str, int]:
-    """Bytes for weights on each device: as given, or a share of what every GPU has free; the CPU where there is none."""
+    """Bytes for weights on each device: as given, or a share of what every GPU has free; the CPU where none is."""
     if max_bytes is not None:
         if not max_bytes or any(limit <= 0 for limit in max_bytes.values()):
             raise ValueError(f"memory limits {dict(max_bytes)}; give each device a positive number of bytes")
