@@ -189,6 +189,8 @@ def save_checkpoint(model: ChatModel, tokenizer: Any, out: str | Path, layout: s
         raise ValueError(
             "the model has adapters; merge them with internvl.models.adapters.merge before saving it whole"
         )
+    if any(value.dtype == torch.int8 for value in state.values()):
+        raise ValueError("the model has int8 weights, which no layout holds; save it before quantising it")
     write_checkpoint(Path(out), model.config, layout, model.image_token_id, state, state.__getitem__)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(out))

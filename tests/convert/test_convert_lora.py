@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+import internvl
 from internvl.load import Loaded, load_checkpoint, save_checkpoint
 from internvl.models import adapters
 from internvl.models.chat import ChatModel
-from tiny import FAMILIES, IMAGE_TOKEN_ID, tiny_batch, tiny_model
+from tiny import FAMILIES, IMAGE_TOKEN_ID, tiny_batch, tiny_model, tiny_tokenizer
 from wrapped import ROOT, wrap
 
 
@@ -68,6 +69,20 @@ def test_bfloat16_is_folded_in_float32(tmp_path: Path) -> None:
     found = load_file(tmp_path / "merged" / "model.safetensors")
     different = sum(int((found[key] != value).sum()) for key, value in wanted.items())
     assert different <= 2  # float32 and float64 sums that round to two neighbours
+
+
+def test_stacked_changes_are_rounded_once(tmp_path: Path) -> None:
+    base = plain(tmp_path / "base", dtype=torch.bfloat16)
+    folders = [*adapter(tmp_path / "first", seed=1), *adapter(tmp_path / "second", seed=2)]
+    model = load_checkpoint(base, dtype=None, adapters=folders).model
+    key = "model.layers.1.mlp.up_proj"
+    exact = load_file(base / "model.safetensors")[f"language_model.{key}.weight"].double()
+    for folder in folders:
+        halves = load_file(folder / "adapter_model.safetensors")
+        down, up = (halves[f"{ROOT}{key}.lora_{side}.weight"].double() for side in "AB")
+        exact = exact + 2 * up @ down
+    found = model.state_dict()[f"language.model.{key}.weight"]
+    assert int((found != exact.to(torch.bfloat16)).sum()) <= 2
 
 
 def edited(folder: Path, change: object) -> Path:
@@ -228,6 +243,24 @@ def test_damaged_adapter_files_are_named(tmp_path: Path) -> None:
     path.rename(folder / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"adapter_model\.bin: can run code"):
         load_checkpoint(base, adapters=[folder])
+
+
+def test_a_conversation_takes_adapters(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_checkpoint(tiny_model(vocab_size=len(tiny_tokenizer())), tiny_tokenizer(), base)
+    model = tiny_model(vocab_size=len(tiny_tokenizer()))
+    adapters.add_adapters(model, rank=2, parts=("language",))
+    for name, parameter in model.named_parameters():
+        if ".lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapters.save(model, tmp_path / "mine", "language")
+    chat = internvl.load(base, dtype="float32", adapters=[tmp_path / "mine"])
+    wanted = load_checkpoint(base, adapters=[tmp_path / "mine"]).model.state_dict()
+    assert all(torch.equal(value, wanted[key]) for key, value in chat.model.state_dict().items())
+    assert not torch.equal(chat.model.state_dict()[KEY], load_checkpoint(base).model.state_dict()[KEY])
+
+
+KEY = "language.model.model.layers.0.self_attn.q_proj.weight"
 
 
 def test_root_scaling_is_read(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from internvl.config import ChatConfig, LanguageConfig, VisionConfig
 from internvl.load import load_checkpoint, save_checkpoint
 from internvl.models.build import build
 from internvl.models.chat import ChatModel
+from internvl.models.decoder import PlainDecoder, Slots
 from internvl.models.placement import FIRST, LAYERS, assign, budgets, device_of, dispatch, place, sizes
 from tiny import FAMILIES, IMAGE_TOKEN_ID, tiny_batch, tiny_chat_config, tiny_model
 
@@ -171,11 +172,16 @@ class Placed(torch.Tensor):
 
 
 class Devices(TorchFunctionMode):
-    """Tensors without a place get one where they are moved."""
+    """Tensors without a place get one where they are moved; shapes that moved are noted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved: list[tuple[int, ...]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         target = next((word for word in args[1:] if isinstance(word, torch.device)), None)
         if func is torch.Tensor.to and target is not None and not isinstance(args[0], Placed):
+            self.moved.append(tuple(args[0].shape))
             return placed(args[0], str(target))
         return func(*args, **(kwargs or {}))
 
@@ -204,7 +210,7 @@ def test_tensors_follow_the_modules(family: str, hooked: bool) -> None:
         value = nn.Parameter(placed(parameter, device_of(name, places)), requires_grad=False)
         value.place = device_of(name, places)
         setattr(model.get_submodule(owner), leaf, value)
-    with torch.no_grad(), Devices():
+    with torch.no_grad(), Devices() as devices:
         if not hooked:
             with pytest.raises(RuntimeError, match="different devices"):
                 model(placed(ids, "cpu"), placed(tiles, "cpu"))
@@ -220,6 +226,20 @@ def test_tensors_follow_the_modules(family: str, hooked: bool) -> None:
         torch.testing.assert_close(torch.cat(steps, 1), wanted, atol=2e-5, rtol=1e-4)
         packed = model(placed(ids, "cpu"), placed(tiles, "cpu"), segments=torch.tensor([0, 10, 21]))
         assert packed.place == "cpu"
+        assert devices.moved
+        assert (3,) not in devices.moved  # the bounds are read on the host
+
+
+def test_a_cache_has_each_layer_where_the_layer_is() -> None:
+    slots = Slots(3, 2, 16, torch.bfloat16, [torch.device(name) for name in ("cpu", "meta", "cpu")])
+    slots.reserve(2, 5)
+    slots.reserve(3, 9)
+    assert [keys.device.type for keys in slots.keys] == ["cpu", "meta", "cpu"]
+    assert {(tuple(t.shape), t.dtype) for t in (*slots.keys, *slots.values)} == {((3, 2, 10, 16), torch.bfloat16)}
+    model = tiny_model()
+    model.language.model.model.layers[1].to("meta")
+    decoder = PlainDecoder(model.language)
+    assert [values.device.type for values in decoder.slots.values] == ["cpu", "meta"]
 
 
 def test_one_device_is_left_alone() -> None:
