@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.testing import assert_close
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
+from hostile import trap
 from internvl.cli import main
 from internvl.commands.compose import next_command
 from internvl.commands.train import configure, parse
@@ -291,6 +292,18 @@ def test_the_command_composes_and_says_what_to_run_next(tmp_path: Path, capsys: 
     assert main([*command, "--dtype", "bfloat16"]) == 0
     assert "next          internvl train pocket_connector" in capsys.readouterr().out
     assert {value.dtype for value in load_file(tmp_path / "again" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_no_code_of_the_parts_runs(tmp_path: Path) -> None:
+    tower, _ = vision_folder(tmp_path / "vit")
+    body, _ = language_folder(tmp_path / "llm", "internlm2")
+    marks = {trap(folder) for folder in (tower, body)}
+    compose(Parts(tower, body), tmp_path / "out")
+    assert not any(mark.exists() for mark in marks)
+    assert not list((tmp_path / "out").glob("**/*.py"))
+    assert load_checkpoint(tmp_path / "out").tokenizer.get_vocab().keys() >= set(SPECIAL_TOKENS)
+    for path in (tmp_path / "out").glob("*.json"):
+        assert '"auto_map"' not in path.read_text()
 
 
 def test_a_composed_model_trains_and_goes_out(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from internvl.models.connector import Connector
 from internvl.models.internvit import InternViT
 from internvl.models.language import LanguageModel
 from internvl.models.layers import resize_positions
-from internvl.rewrite import fresh_folder, reader
+from internvl.rewrite import forget_code, fresh_folder, reader
 from internvl.tokens import IMAGE_TOKEN, SPECIAL_TOKENS
 
 POSITIONS = "vision.embeddings.position_embedding"
@@ -109,6 +109,7 @@ def compose(parts: Parts, target: Path) -> Composed:
         tokenizer.save_pretrained(str(folder))
         if (parts.language / "generation_config.json").is_file():
             shutil.copyfile(parts.language / "generation_config.json", folder / "generation_config.json")
+        forget_code(folder)
     counts = {part: sum(k.numel() for name, k in kinds.items() if name.startswith(f"{part}.")) for part in PARTS}
     return Composed(config, counts, added, rows)
 

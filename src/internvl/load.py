@@ -254,7 +254,9 @@ def _known_pairs(
 
 
 def _attach(model: ChatModel, opened: Opened) -> None:
-    from internvl.models import adapters  # needs peft, an extra
+    if find_spec("peft") is None:
+        raise ValueError("adapters beside the weights need: pip install 'internvl[train]'; folding them in does not")
+    from internvl.models import adapters
 
     for pairs in opened.adapters:
         for part, prefix in lora.PARTS.items():

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +75,26 @@ class Written:
     """How far folding adapters in moved the logits of the same probe; None where there are none or no check."""
 
 
-def convert(source: str | Path, target: Path, wanted: Wanted, *, check: bool = True, tolerance: float = 0.0) -> Written:
+def convert(
+    source: str | Path,
+    target: Path,
+    wanted: Wanted,
+    *,
+    check: bool = True,
+    tolerance: float = 0.0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Written:
     """Write `source` (a folder of either layout, or a name) to the folder `target`, which must be empty or not there.
 
     With `check`, logits of a random text and tile are computed by both, one model in memory after the other, in the
     number type that was written. ValueError, and no target, where they differ by more than `tolerance`.
+    `progress` hears of bytes written and of all bytes.
     """
     with fresh_folder(target) as folder:
         if str(source) in CHAT and str(source) != "pocket":
             found = _write_random(str(source), folder, wanted)
         else:
-            found = _write_opened(open_checkpoint(source, adapters=wanted.adapters), folder, wanted)
+            found = _write_opened(open_checkpoint(source, adapters=wanted.adapters), folder, wanted, progress)
         if not check:
             return found
         difference, change = _compare(source, folder, wanted)
@@ -110,6 +120,16 @@ def plan_keys(source: str | Path, wanted: Wanted) -> Iterator[tuple[str, list[st
         for key, tensor in zip(entry.disk, on_disk, strict=True):
             dtype = str(tensor.dtype).removeprefix("torch.")
             yield key, list(dict.fromkeys(sources)), tuple(tensor.shape), dtype
+
+
+def forget_code(folder: Path) -> None:
+    """Take references to a release's code, which is never copied, out of what stands beside the weights."""
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        path = folder / name
+        settings = read_json(path) if path.is_file() else {}
+        if settings.pop("auto_map", None) is not None:
+            fast = {"tokenizer_class": "PreTrainedTokenizerFast"} if name == "tokenizer_config.json" else {}
+            write_json(path, {**settings, **fast})
 
 
 @contextmanager
@@ -158,16 +178,25 @@ def reader(opened: Opened, dtype: torch.dtype | None, merge: bool = True) -> Cal
     return read
 
 
-def _write_opened(opened: Opened, folder: Path, wanted: Wanted) -> Written:
+def _write_opened(opened: Opened, folder: Path, wanted: Wanted, progress: Callable[[int, int], None]) -> Written:
     tokenizer = read_tokenizer(opened.folder, opened.config.language)
     image_token_id = _image_token_id(opened, wanted, tokenizer)
     kinds = _kinds(opened, wanted)
     read = reader(opened, wanted.dtype, merge=not wanted.apart)
-    write_checkpoint(folder, opened.config, wanted.layout, image_token_id, kinds, read, wanted.max_shard_bytes)
+    left = {key: kind.nbytes for key, kind in kinds.items()}
+    total = sum(left.values())
+
+    def counted(key: str) -> Tensor:
+        left.pop(key, None)  # a matrix that is written in parts is asked for more than once
+        progress(total - sum(left.values()), total)
+        return read(key)
+
+    write_checkpoint(folder, opened.config, wanted.layout, image_token_id, kinds, counted, wanted.max_shard_bytes)
     if wanted.apart:
         _write_apart(opened, folder)
     _write_tokenizer(opened.folder, folder, tokenizer)
     _copy(opened.folder, folder, BESIDE)
+    forget_code(folder)
     return Written(opened.layout, _count(opened.config, kinds), None, None)
 
 
@@ -178,11 +207,6 @@ def _write_tokenizer(source: Path, folder: Path, tokenizer: Any) -> None:
             tokenizer.save_pretrained(str(folder))
         return
     _copy(source, folder, TOKENIZER_FILES)
-    path = folder / "tokenizer_config.json"
-    if path.is_file():
-        settings = read_json(path)
-        if settings.pop("auto_map", None) is not None:  # names code that is not copied
-            write_json(path, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _copy(source: Path, folder: Path, names: Iterable[str]) -> None:
@@ -219,15 +243,21 @@ def _write_random(name: str, folder: Path, wanted: Wanted) -> Written:
 def _compare(source: str | Path, folder: Path, wanted: Wanted) -> tuple[float, float | None]:
     """Largest difference of logits: source against target, and folded against kept adapters."""
     dtype = _number_type(folder)
-    merge = not wanted.apart
+    has_peft = find_spec("peft") is not None  # without it both sides are folded, which says the same of the weights
+    merge = not wanted.apart or not has_peft
     before = probe(load_checkpoint(source, dtype=dtype, adapters=wanted.adapters, merge=merge).model)
     apart = sorted((folder / "adapters").glob("*/"))
     after = probe(load_checkpoint(folder, dtype=dtype, adapters=apart, merge=merge).model)
     change = None
-    if merge and str(source) not in CHAT and open_checkpoint(source, adapters=wanted.adapters).adapters:
+    if not wanted.apart and has_peft and _has_adapters(source, wanted):
         kept = load_checkpoint(source, dtype=dtype, adapters=wanted.adapters, merge=False).model
         change = float((probe(kept) - before).abs().max())
     return float((after - before).abs().max()), change
+
+
+def _has_adapters(source: str | Path, wanted: Wanted) -> bool:
+    named = str(source) in CHAT and str(source) != "pocket"
+    return not named and bool(open_checkpoint(source, adapters=wanted.adapters).adapters)
 
 
 def _number_type(folder: Path) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -166,6 +167,45 @@ def test_wrapped_checkpoints_are_merged_or_taken_apart(
     assert (rewrite.probe(load_checkpoint(base).model) - merged[0]).abs().max() > 0.1
     assert main(["convert", str(base), str(tmp_path / "again"), "--adapters", *map(str, folders)]) == 0
     assert torch.equal(rewrite.probe(load_checkpoint(tmp_path / "again").model), merged[0])
+
+
+def test_progress_counts_every_byte_once(official: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    rewrite.convert(
+        official, tmp_path / "out", rewrite.Wanted("native"), check=False, progress=lambda *pair: seen.append(pair)
+    )
+    size = sum(value.nbytes for value in load_file(official / "model.safetensors").values())
+    assert {total for _, total in seen} == {size}
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1][0] == size
+
+
+def test_without_peft_both_sides_are_folded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "wrapped"
+    save_checkpoint(tiny_model(), None, source)
+    wrap(source, "llama")
+    for module in (rewrite, sys.modules["internvl.load"]):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    whole = rewrite.convert(source, tmp_path / "whole", rewrite.Wanted())
+    assert (whole.logit_difference, whole.merge_change) == (0.0, None)
+    assert rewrite.convert(source, tmp_path / "apart", rewrite.Wanted(apart=True)).logit_difference == 0.0
+    with pytest.raises(ValueError, match=r"adapters beside the weights need: pip install 'internvl\[train\]'"):
+        load_checkpoint(source, merge=False)
+
+
+def test_an_adapter_folder_converts_with_its_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "wrapped"
+    save_checkpoint(tiny_model(), tiny_tokenizer(), source)
+    wrap(source, "llama", vision_rank=0)
+    rewrite.convert(source, tmp_path / "base", rewrite.Wanted(apart=True))
+    rewrite.convert(source, tmp_path / "whole", rewrite.Wanted())
+    folder = tmp_path / "base" / "adapters" / "language"
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(tmp_path / "base")}))
+    assert main(["convert", str(folder), str(tmp_path / "out")]) == 0
+    assert "merging_moved_logits" in capsys.readouterr().out
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_a_tied_head_that_is_stored_once(tmp_path: Path) -> None:

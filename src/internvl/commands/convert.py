@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -51,7 +53,10 @@ def main(arguments: list[str]) -> int:
     if asked.dry_run:
         sys.stdout.write(describe(plan_keys(asked.source, wanted), asked.json) + "\n")
         return 0
-    written = convert(asked.source, asked.target, wanted, check=asked.check, tolerance=asked.tolerance)
+    with _bar() as progress:
+        written = convert(
+            asked.source, asked.target, wanted, check=asked.check, tolerance=asked.tolerance, progress=progress
+        )
     result: dict[str, object] = {"source": asked.source, "from": written.source_layout}
     result |= {"target": str(asked.target), "to": asked.layout, "parameters": f"{written.parameters:,}"}
     if written.logit_difference is not None:
@@ -61,3 +66,16 @@ def main(arguments: list[str]) -> int:
     lines = json.dumps(result, indent=2) if asked.json else "\n".join(f"{k:<21} {v}" for k, v in result.items())
     sys.stdout.write(lines + "\n")
     return 0
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes on standard error; nothing where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("writing", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
