@@ -100,6 +100,8 @@ def settings_of(folder: Path, **fields: object) -> Path:
 
 A = "language_model.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
 
+BASE = A.replace("lora_A.default", "base_layer")
+
 
 def move(weights: dict, old: str, new: str) -> None:
     weights[new] = weights.pop(old)
@@ -116,6 +118,7 @@ def move(weights: dict, old: str, new: str) -> None:
         (lambda w: move(w, A, A.replace("layers.0", "layers.7")), {}, "no other half"),
         (lambda w: move(w, A, A.replace(ROOT, 2 * ROOT)), {}, "wrapped twice"),
         (lambda w: move(w, A, "mlp1.1.lora_A.default.weight"), {}, r"mlp1\.1\..* neither the vision nor the language"),
+        (lambda w: w.update({BASE.replace(".base_layer", ""): w[BASE].clone()}), {}, "are the same weight"),
         (lambda w: None, {"use_llm_lora": 0}, "use_llm_lora is 0 in config.json, so its strength is unknown"),
         (lambda w: None, {"use_llm_lora": 8}, "rank 8"),
         (lambda w: None, {"use_llm_lora": "many"}, r"config\.json: use_llm_lora is 'many', must be 0 or the rank"),
@@ -236,6 +239,13 @@ def test_damaged_adapter_files_are_named(tmp_path: Path) -> None:
         load_checkpoint(base, adapters=[folder])
     save_file({key: value for key, value in weights.items() if key != some}, path)
     with pytest.raises(ValueError, match="no other half"):
+        load_checkpoint(base, adapters=[folder])
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
+    other = "base_model.model.language_model.model.layers.0.mlp.up_proj.lora_{}.weight"
+    save_file({**weights, **{other.format(s): weights[name.format(s)].clone() for s in "AB"}}, path)
+    with pytest.raises(
+        ValueError, match=r"and another pair both change language\.model\.model\.layers\.0\.mlp\.up_proj"
+    ):
         load_checkpoint(base, adapters=[folder])
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(OSError, match=r"adapter_model\.safetensors: not a whole"):

@@ -84,27 +84,13 @@ def unwrap(weights: Weights, ranks: Mapping[str, int], where: object) -> tuple[d
     names: dict[str, str] = {}
     sides: dict[str, dict[str, str]] = {}
     for key in weights.shapes:
-        prefix = next((p for p in RANK_FIELDS if key.startswith(p + ROOT)), None)
-        plain = key if prefix is None else prefix + key.removeprefix(prefix + ROOT)
-        if prefix is None and ".lora_" not in key:
-            names[key] = key
-            continue
-        if prefix is None:
-            raise ValueError(
-                f"{where}: {key} is an adapter of neither the vision nor the language part; merge it first"
-            )
-        if prefix not in ranks:
-            field = RANK_FIELDS[prefix]
-            raise ValueError(
-                f"{where}: {key} is wrapped in an adapter but {field} is 0 in config.json, so its strength is "
-                f"unknown; set {field} to the rank it was trained with"
-            )
-        if ROOT in plain:
-            raise ValueError(f"{where}: {key} is wrapped twice; the inner adapter has no rank in config.json")
+        plain = _plain(key, ranks, where)
         if ".lora_" in plain:
             _side(sides, plain, key, where)
-        else:
-            names[plain.replace(".base_layer.", ".")] = key
+            continue
+        if plain in names:
+            raise ValueError(f"{where}: {key} and {names[plain]} are the same weight; which one is meant?")
+        names[plain] = key
     for prefix, rank in ranks.items():
         if not any(key.startswith(prefix) for key in sides):
             raise ValueError(
@@ -166,8 +152,11 @@ def pairs_of_ours(pairs: Mapping[str, Pair], layouts: Iterable[Iterable[Entry]],
         found = _place(name, pair, ours, by_disk)
         if found is None:
             unknown.append(name)
-        else:
-            out |= found
+            continue
+        twice = found.keys() & out.keys()
+        if twice:
+            raise ValueError(f"{where}: {name} and another pair both change {min(twice)}; merge one of them first")
+        out |= found
     if unknown:
         raise ValueError(
             f"{where}: {len(unknown)} adapted weights that the model does not have: {', '.join(sorted(unknown)[:5])}"
@@ -204,6 +193,27 @@ def write_adapter(pairs: Mapping[str, Pair], folder: Path, part: str) -> None:
     settings = {"r": rank, "lora_alpha": alpha, "use_rslora": root_scaled, "target_modules": targets}
     plain = {"peft_type": "LORA", "bias": "none", "lora_dropout": 0.0, "inference_mode": True}
     write_json(folder / CONFIG, {**plain, **settings})
+
+
+def _plain(key: str, ranks: Mapping[str, int], where: object) -> str:
+    """The key without what peft puts around it; ValueError where the part is not wrapped, or twice."""
+    prefix = next((p for p in RANK_FIELDS if key.startswith(p + ROOT)), None)
+    if prefix is None:
+        if ".lora_" in key:
+            raise ValueError(
+                f"{where}: {key} is an adapter of neither the vision nor the language part; merge it first"
+            )
+        return key
+    if prefix not in ranks:
+        field = RANK_FIELDS[prefix]
+        raise ValueError(
+            f"{where}: {key} is wrapped in an adapter but {field} is 0 in config.json, so its strength is "
+            f"unknown; set {field} to the rank it was trained with"
+        )
+    plain = prefix + key.removeprefix(prefix + ROOT)
+    if ROOT in plain:
+        raise ValueError(f"{where}: {key} is wrapped twice; the inner adapter has no rank in config.json")
+    return plain.replace(".base_layer.", ".")
 
 
 def _vision_name(name: str) -> str:
