@@ -16,7 +16,7 @@ from internvl.load import Loaded, load_checkpoint, save_checkpoint
 from internvl.models import adapters
 from internvl.models.chat import ChatModel
 from tiny import FAMILIES, IMAGE_TOKEN_ID, tiny_batch, tiny_model, tiny_tokenizer
-from wrapped import ROOT, wrap
+from wrapped import ROOT, TARGETS, wrap
 
 
 def logits(model: ChatModel) -> torch.Tensor:
@@ -51,6 +51,35 @@ def test_folded_is_kept_is_the_sum(tmp_path: Path, family: str, old_peft: bool) 
     assert (settings["use_llm_lora"], settings["use_backbone_lora"]) == (0, 0)
     assert adapters.merge(kept) < 1e-3
     assert_close(logits(kept), logits(folded), atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+def test_what_peft_itself_wraps_opens(tmp_path: Path, family: str) -> None:
+    """wrap_llm_lora in the official code: get_peft_model around the language model, then the whole state dict."""
+    from peft import LoraConfig, get_peft_model
+
+    plain(tmp_path, family)
+    weights = load_file(tmp_path / "model.safetensors")
+    rank, model = 4, load_checkpoint(tmp_path).model
+    targets = list(TARGETS.get(family, TARGETS["llama"]))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+    peer = get_peft_model(model.language.model, config).eval()
+    for name, parameter in peer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    stored = {key: value for key, value in weights.items() if not key.startswith("language_model.")}
+    stored |= {f"language_model.{key}": value.clone() for key, value in peer.state_dict().items()}
+    save_file(stored, tmp_path / "model.safetensors")
+    settings_of(tmp_path, use_llm_lora=rank)
+    ids, _ = tiny_batch(20, 0)
+    with torch.no_grad():
+        wanted = peer(input_ids=ids).logits
+        assert_close(load_checkpoint(tmp_path, merge=False).model(ids), wanted, atol=1e-6, rtol=1e-5)
+        assert_close(load_checkpoint(tmp_path).model(ids), wanted, atol=5e-5, rtol=1e-4)
+        for layer in peer.modules():
+            if hasattr(layer, "lora_A"):
+                layer.scaling = dict.fromkeys(layer.scaling, 0.0)
+        assert (peer(input_ids=ids).logits - wanted).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(("vision_rank", "language_rank"), [(4, 0), (0, 4)])
