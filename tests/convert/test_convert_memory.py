@@ -74,7 +74,7 @@ print((peak - before) / int(sys.argv[4]))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_converting_holds_two_shards_not_the_model(tmp_path: Path) -> None:
-    """Twelve shards: safetensors makes bytes of the shard that it writes, so two are there for a moment."""
+    """Twelve shards and more: about one is in memory, whatever the model."""
     small = tiny_chat_config("internlm2")
     settings = {**small.language.settings, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
     large = replace(small, language=replace(small.language, settings={**settings, "vocab_size": 4000}))
@@ -88,7 +88,7 @@ def test_converting_holds_two_shards_not_the_model(tmp_path: Path) -> None:
     written = list((tmp_path / "out").glob("model-*.safetensors"))
     assert len(written) >= 12
     assert max(path.stat().st_size for path in written) < 1.01 * shard
-    assert shards <= 3.0
+    assert shards <= 2.0
     again = load_checkpoint(tmp_path / "out").model.state_dict()
     assert all(torch.equal(again[key], value) for key, value in model.state_dict().items())
 
