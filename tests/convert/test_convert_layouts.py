@@ -25,8 +25,6 @@ from internvl.models.chat import ChatModel
 from reference import golden
 from tiny import FAMILIES, tiny_batch, tiny_chat_config, tiny_model, tiny_tokenizer
 
-NATIVE = ("llama", "qwen2", "internlm2")
-
 
 def same_weights(first: ChatModel, second: ChatModel) -> bool:
     mine, theirs = first.state_dict(), second.state_dict()
@@ -75,7 +73,7 @@ def test_official_there_and_back_is_the_identity(tmp_path: Path, family: str, vi
         assert torch.equal(model(ids, tiles.to(dtype)), loaded.model(ids, tiles.to(dtype)))
 
 
-@pytest.mark.parametrize("family", NATIVE)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("vision", ["300m", "6b"])
 def test_official_native_official_is_the_identity(tmp_path: Path, family: str, vision: str) -> None:
     config = tiny_chat_config(family, vision=vision)
@@ -107,8 +105,6 @@ def test_native_without_our_field_still_opens(tmp_path: Path) -> None:
 
 
 def test_native_refuses_what_it_cannot_say(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Phi-3"):
-        save_checkpoint(tiny_model("phi3"), None, tmp_path, "native")
     with pytest.raises(ValueError, match="v1"):
         save_checkpoint(tiny_model(pixel_shuffle="v1"), None, tmp_path, "native")
     model = tiny_model()
@@ -168,7 +164,8 @@ def test_an_absent_pixel_shuffle_version_is_v1(folder: Path) -> None:
     settings = json.loads((folder / "config.json").read_text())
     del settings["ps_version"]
     (folder / "config.json").write_text(json.dumps(settings))
-    assert load_checkpoint(folder).model.connector.version == "v1"
+    with pytest.warns(UserWarning, match=r"config\.json: ps_version is absent, which means v1"):
+        assert load_checkpoint(folder).model.connector.version == "v1"
 
 
 BLOCK = (
@@ -345,8 +342,6 @@ def test_folders_without_a_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_llm_lora": 16}, "use_llm_lora is 16.*merge_lora"),
-        ({"use_backbone_lora": 8}, "use_backbone_lora is 8.*merge_lora"),
         ({"llm_config": {"architectures": ["GPT2LMHeadModel"]}}, "'GPT2LMHeadModel' is not one of"),
         ({"llm_config": {"architectures": ["LlamaForCausalLM"]}}, "hidden_size.*whole number"),
         ({"llm_config": None}, "llm_config is NoneType"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,15 @@ from internvl.models.build import build
 from reference import golden
 from tiny import IMAGE_TOKEN_ID, tiny_batch, tiny_chat_config, tiny_model
 
-CASES = [("300m", "llama"), ("6b", "qwen2"), ("300m", "qwen2"), ("6b", "llama"), ("300m", "internlm2")]
+CASES = [
+    ("300m", "llama"),
+    ("6b", "qwen2"),
+    ("300m", "qwen2"),
+    ("6b", "llama"),
+    ("300m", "internlm2"),
+    ("300m", "phi3"),
+    ("6b", "phi3"),
+]
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
 
@@ -56,7 +65,43 @@ def test_bfloat16_is_within_the_noise_of_the_native_one(tmp_path: Path, vision: 
     assert our_error.mean() <= 1.25 * peer_error.mean()
 
 
-@pytest.mark.parametrize(("vision", "family"), CASES[:2])
+def test_a_tied_head_stays_tied(tmp_path: Path) -> None:
+    config = tiny_chat_config("qwen2")
+    settings = {**config.language.settings, "tie_word_embeddings": True}
+    ours = build(replace(config, language=replace(config.language, settings=settings)))
+    ours.image_token_id = IMAGE_TOKEN_ID
+    save_checkpoint(ours, None, tmp_path, "native")
+    peer = opened(tmp_path)
+    assert peer.lm_head.weight is peer.get_input_embeddings().weight
+    ids, tiles = tiny_batch(9, 3)
+    with torch.no_grad():
+        assert_close(ours(ids, tiles), peer(input_ids=ids, pixel_values=tiles).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("length", [100, 140])
+def test_longrope_on_both_sides_of_the_original_length(tmp_path: Path, length: int) -> None:
+    config = tiny_chat_config("phi3")
+    scaling = {
+        "type": "su",
+        "short_factor": [1.0 + n / 8 for n in range(8)],
+        "long_factor": [2.0 + n for n in range(8)],
+    }
+    ours = build(
+        replace(
+            config, language=replace(config.language, settings={**config.language.settings, "rope_scaling": scaling})
+        )
+    )
+    ours.image_token_id = IMAGE_TOKEN_ID
+    save_checkpoint(ours, None, tmp_path / "native", "native")
+    ids, tiles = tiny_batch(length, 2)
+    peer = opened(tmp_path / "native")
+    with torch.no_grad():
+        assert_close(ours(ids, tiles), peer(input_ids=ids, pixel_values=tiles).logits, **CLOSE)
+    back = load_checkpoint(tmp_path / "native").config.language.settings
+    assert back["rope_scaling"] == scaling
+
+
+@pytest.mark.parametrize(("vision", "family"), [*CASES[:2], ("300m", "phi3"), ("6b", "internlm2")])
 def test_a_folder_that_transformers_wrote_opens_here(tmp_path: Path, vision: str, family: str) -> None:
     save_checkpoint(tiny_model(family, vision=vision), None, tmp_path / "ours", "native")
     peer = opened(tmp_path / "ours")

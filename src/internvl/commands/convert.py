@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from internvl.models.chat import ChatModel
-
-BESIDE = ("generation_config.json", "preprocessor_config.json")
-"""Files that mean the same in both layouts."""
 
 
 @dataclass(frozen=True)
@@ -25,64 +18,64 @@ class Convert:
     """Write a model in the official or the native layout."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """A checkpoint folder of either layout, or the name of a model such as pocket."""
+    """A checkpoint folder of either layout, a folder of adapters that names its model, or a name such as pocket."""
     target: Annotated[Path, tyro.conf.Positional]
     """The folder to write; it must be empty or not there."""
     layout: Literal["official", "native"] = "official"
     """official: what vLLM, SGLang and lmdeploy read; native: what transformers reads."""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
-    """Number type to write."""
+    """Number type to write; stored keeps that of every tensor."""
+    adapters: tuple[Path, ...] = ()
+    """Adapter folders (peft layout) to add, one after the other."""
+    apart: bool = False
+    """Write adapters, also those that wrap the source, below TARGET/adapters instead of folding them in."""
     image_token_id: int | None = None
     """Id of <IMG_CONTEXT>, where the source has no tokenizer."""
     check: bool = True
-    """Open what was written and compare logits with the source on a random text and picture."""
+    """Open what was written and compare logits with the source on a random text and picture; needs the memory of
+    one model. --no-check for those that are too large for it."""
+    tolerance: float = 0.0
+    """Largest difference of logits that passes; nothing is written above it."""
+    dry_run: bool = False
+    """List the keys that would be written and where they come from; write nothing."""
     json: bool = False
     """Print the result as JSON."""
 
 
 def main(arguments: list[str]) -> int:
     asked = tyro.cli(Convert, args=arguments, prog="internvl convert")
-    if asked.target.exists() and (not asked.target.is_dir() or any(asked.target.iterdir())):
-        raise ValueError(f"{asked.target}: exists and is not an empty folder; give another target")
     import torch
 
-    from internvl.load import load_checkpoint, save_checkpoint
+    from internvl.rewrite import Wanted, convert, describe, plan_keys
 
-    loaded = load_checkpoint(asked.source, dtype=None if asked.dtype == "stored" else getattr(torch, asked.dtype))
-    model = loaded.model
-    if asked.image_token_id is not None:
-        model.image_token_id = asked.image_token_id
-    before = _logits(model) if asked.check else None
-    save_checkpoint(model, loaded.tokenizer, asked.target, asked.layout)
-    for name in BESIDE:
-        if (Path(asked.source) / name).is_file():
-            shutil.copyfile(Path(asked.source) / name, asked.target / name)
-    result = {"source": asked.source, "from": loaded.layout, "target": str(asked.target), "to": asked.layout}
-    result["parameters"] = f"{sum(p.numel() for p in model.parameters()):,}"
-    if before is not None:
-        again = load_checkpoint(asked.target, dtype=next(model.parameters()).dtype).model
-        again.image_token_id = model.image_token_id
-        difference = float((_logits(again) - before).abs().max())
-        if difference != 0.0:
-            raise ValueError(
-                f"{asked.target}: logits differ by up to {difference:.3g} from {asked.source}; do not use it"
-            )
-        result["logits"] = "equal"
-    lines = json.dumps(result, indent=2) if asked.json else "\n".join(f"{k:<11} {v}" for k, v in result.items())
+    dtype = None if asked.dtype == "stored" else getattr(torch, asked.dtype)
+    wanted = Wanted(asked.layout, dtype, asked.adapters, asked.apart, asked.image_token_id)
+    if asked.dry_run:
+        sys.stdout.write(describe(plan_keys(asked.source, wanted), asked.json) + "\n")
+        return 0
+    with _bar() as progress:
+        written = convert(
+            asked.source, asked.target, wanted, check=asked.check, tolerance=asked.tolerance, progress=progress
+        )
+    result: dict[str, object] = {"source": asked.source, "from": written.source_layout}
+    result |= {"target": str(asked.target), "to": asked.layout, "parameters": f"{written.parameters:,}"}
+    if written.logit_difference is not None:
+        result["max_logit_difference"] = written.logit_difference
+    if written.merge_change is not None:
+        result["merging_moved_logits"] = written.merge_change
+    lines = json.dumps(result, indent=2) if asked.json else "\n".join(f"{k:<21} {v}" for k, v in result.items())
     sys.stdout.write(lines + "\n")
     return 0
 
 
-def _logits(model: ChatModel) -> Tensor:
-    """Logits of random text around one random tile."""
-    import torch
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes on standard error; nothing where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    generator = torch.Generator().manual_seed(0)
-    parameter, side = next(model.parameters()), model.config.tile_size
-    ids = torch.randint(0, model.language.vocab_size, (1, 24), generator=generator)
-    tile = torch.randn(1, 3, side, side, generator=generator).to(parameter)
-    with torch.inference_mode():
-        visual = model.encode_tiles(tile)
-        words = model.language.embed(ids)
-        embeds = torch.cat([words[:, :8], visual.flatten(0, 1)[None], words[:, 8:]], dim=1)
-        return model.language.head(model.language(embeds)).float()
+    console = Console(stderr=True)
+    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("writing", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -37,9 +37,6 @@ class Weights:
     def widest(self) -> torch.dtype:
         """The number type that loses nothing of any tensor."""
         found = set(self.types.values())
-        unknown = sorted(found - NUMBER_TYPES.keys())
-        if unknown:
-            raise ValueError(f"weights are stored as {', '.join(unknown)}; readable are {', '.join(NUMBER_TYPES)}")
         if found == {"BF16"} or found == {"F16"}:
             return NUMBER_TYPES[found.pop()]
         return torch.float32
@@ -61,8 +58,7 @@ def open_weights(folder: Path) -> Weights:
     if index.exists():
         return _open_shards(folder, index)
     if single.exists():
-        shapes, types = _headers(single)
-        return Weights(dict.fromkeys(shapes, single), shapes, types)
+        return open_file(single)
     pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise ValueError(
@@ -70,6 +66,16 @@ def open_weights(folder: Path) -> Weights:
             f"are refused; save the model as safetensors where you trust it, or get its safetensors files"
         )
     raise FileNotFoundError(f"{folder}: neither {SINGLE} nor {INDEX}; is this the folder of a checkpoint?")
+
+
+def open_file(path: Path) -> Weights:
+    """Header of one safetensors file; a pickle file beside it is not a substitute."""
+    if not path.exists():
+        pickles = [path.with_suffix(suffix).name for suffix in PICKLE_SUFFIXES if path.with_suffix(suffix).exists()]
+        if pickles:
+            raise ValueError(f"{path.parent / pickles[0]}: can run code when opened and is refused; save {path.name}")
+    shapes, types = _headers(path)
+    return Weights(dict.fromkeys(shapes, path), shapes, types)
 
 
 def write_weights(
@@ -138,11 +144,20 @@ def _open_shards(folder: Path, index: Path) -> Weights:
         if name != Path(name).name or not name.endswith(".safetensors"):
             raise ValueError(f"{index}: shard {name!r} must be a .safetensors file in the same folder")
         found, found_types = _headers(folder / name)
+        twice = sorted(found.keys() & shapes.keys())
+        if twice:
+            raise ValueError(f"{index}: {_some(twice)} in both {files[twice[0]].name} and {name}; which one is meant?")
         shapes, types = shapes | found, types | found_types
         files |= dict.fromkeys(found, folder / name)
     wrong = sorted(key for key, name in places.items() if key not in files or files[key].name != name)
     if wrong:
         raise ValueError(f"{index}: {_some(wrong)} not in the shard that it names; download the shards again")
+    unnamed = sorted(files.keys() - places.keys())
+    if unnamed:
+        raise ValueError(
+            f"{index}: does not name {_some(unnamed)}, which {files[unnamed[0]].name} holds; "
+            f"download the index and the shards again"
+        )
     return Weights(files, shapes, types)
 
 
@@ -151,11 +166,18 @@ def _headers(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
         with safe_open(path, "pt") as file:
             slices = {key: file.get_slice(key) for key in list(file.keys())}
             shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
-            return shapes, {key: str(part.get_dtype()) for key, part in slices.items()}
+            types = {key: str(part.get_dtype()) for key, part in slices.items()}
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: shard not found; download it again") from None
     except SafetensorError as error:
         raise OSError(f"{path}: not a whole safetensors file ({error}); download it again") from error
+    strange = sorted(key for key, kind in types.items() if kind not in NUMBER_TYPES)
+    if strange:
+        raise ValueError(
+            f"{path}: {_some(strange)} stored as {types[strange[0]]}; readable are {', '.join(NUMBER_TYPES)}: "
+            f"quantised weights must be turned back first"
+        )
+    return shapes, types
 
 
 def _split(shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], limit: int) -> list[list[str]]:

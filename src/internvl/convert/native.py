@@ -17,8 +17,8 @@ MODEL_TYPE = "internvl"
 EXTRA = "official_config"
 """Our field in a native config.json; transformers keeps it and does not read it."""
 
-FAMILIES: dict[str, LanguageFamily] = {"llama": "llama", "qwen2": "qwen2"}
-CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+FAMILIES: dict[str, LanguageFamily] = {"llama": "llama", "qwen2": "qwen2", "phi3": "phi3"}
+CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "phi3": "Phi3ForCausalLM"}
 NOT_IN_TEXT = {"architectures", "auto_map", "model_type", "bias", "attn_implementation", "_attn_implementation"}
 
 VISION_FIELDS = {
@@ -44,6 +44,9 @@ def to_native(config: ChatConfig, image_token_id: int | None) -> dict[str, Any]:
     text = {key: value for key, value in config.language.settings.items() if key not in NOT_IN_TEXT}
     if config.language.family == "internlm2":
         text["attention_bias"] = bool(config.language.settings.get("bias", False))
+    scaling = text.get("rope_scaling")
+    if config.language.family == "phi3" and scaling and scaling.get("type") == "su":
+        text["rope_scaling"] = {**scaling, "type": "longrope"}  # the name that transformers 5 knows
     official = to_official(config)
     return {
         "architectures": ["InternVLForConditionalGeneration"],
@@ -55,7 +58,7 @@ def to_native(config: ChatConfig, image_token_id: int | None) -> dict[str, Any]:
         "vision_feature_layer": config.feature_layer,
         "vision_feature_select_strategy": "default",
         "tie_word_embeddings": config.language.tied,
-        "text_config": {**text, "model_type": "qwen2" if config.language.family == "qwen2" else "llama"},
+        "text_config": {**text, "model_type": _text_type(config.language)},
         "vision_config": {
             "model_type": "internvl_vision",
             "hidden_act": "gelu",
@@ -130,11 +133,13 @@ def current_key(key: str) -> str:
     return key
 
 
+def _text_type(config: LanguageConfig) -> str:
+    return "llama" if config.family == "internlm2" else config.family
+
+
 def _refuse(config: ChatConfig, image_token_id: int | None) -> None:
     if config.pixel_shuffle != "v2":
         raise ValueError("pixel shuffle v1 has no native form: transformers emits tokens row by row; use official")
-    if config.language.family == "phi3":
-        raise ValueError("Phi-3 has no native form: transformers has no InternVL with it; use the official layout")
     if image_token_id is None:
         raise ValueError("the native layout stores the id of <IMG_CONTEXT>; set model.image_token_id first")
     if config.vision.qk_norm and config.vision.norm_eps != 1e-6:

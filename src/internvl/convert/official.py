@@ -5,6 +5,7 @@ Fields that this project does not use are kept in `ChatConfig.unknown` and writt
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -98,7 +99,9 @@ VISION_CONSTANTS: dict[str, Any] = {
 }
 """Written always; kept as unknown where a file says otherwise."""
 
-READ_BY_US = {*CHAT_FIELDS.values(), "vision_config", "llm_config", "torch_dtype", "dtype"}
+READ_BY_US = {*CHAT_FIELDS.values(), "vision_config", "llm_config", "torch_dtype", "dtype"} | {
+    *("use_backbone_lora", "use_llm_lora"),  # how the weights are wrapped (convert/lora.py), not what the model is
+}
 
 LANGUAGE_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 """Must be there: no default fits every language model."""
@@ -111,12 +114,12 @@ def from_official(settings: Mapping[str, Any], where: object = "config.json") ->
     """The config of an `internvl_chat` config.json."""
     if settings.get("model_type") != MODEL_TYPE:
         raise ValueError(f"{where}: model_type is {settings.get('model_type')!r}, must be {MODEL_TYPE!r}")
-    for field in ("use_backbone_lora", "use_llm_lora"):
-        if settings.get(field):
-            raise ValueError(
-                f"{where}: {field} is {settings[field]}: the weights are wrapped in adapters. "
-                f"Merge them with the official tools/merge_lora.py first"
-            )
+    if "ps_version" not in settings:
+        warnings.warn(
+            f"{where}: ps_version is absent, which means v1 (tokens column by column, as releases before 1.5 learned "
+            f"them); if the model is newer, set it to v2",
+            stacklevel=2,
+        )
     vision, language = _mapping(settings, "vision_config", where), _mapping(settings, "llm_config", where)
     chat = {
         ours: settings.get(disk, CHAT_DEFAULTS.get(disk))
@@ -137,8 +140,8 @@ def from_official(settings: Mapping[str, Any], where: object = "config.json") ->
     return _checked(
         ChatConfig,
         where,
-        vision=_vision(vision, where),
-        language=_language(language, where),
+        vision=vision_config(vision, where),
+        language=language_config(language, where),
         unknown=unknown,
         **chat,
     )
@@ -167,7 +170,7 @@ def to_official(config: ChatConfig) -> dict[str, Any]:
 
 def official_rules(config: ChatConfig) -> list[Rule]:
     """Our keys and the official ones."""
-    return [*VISION_RULES, *CONNECTOR_RULES, *_language_rules(config.language)]
+    return [*VISION_RULES, *CONNECTOR_RULES, *language_rules(config.language)]
 
 
 VISION_RULES = [
@@ -182,15 +185,9 @@ CONNECTOR_RULES = [
     rename("connector.fc1.*", "mlp1.1.*"),
     rename("connector.fc2.*", "mlp1.3.*"),
 ]
-HEAD_KEYS = {"internlm2": "language_model.output.weight"}
-"""Where the output head is not `language_model.lm_head.weight`."""
 
 
-def head_key(config: ChatConfig) -> str:
-    return HEAD_KEYS.get(config.language.family, "language_model.lm_head.weight")
-
-
-def _language_rules(config: LanguageConfig) -> list[Rule]:
+def language_rules(config: LanguageConfig) -> list[Rule]:
     if config.family != "internlm2":
         return [rename("language.model.*", "language_model.*")]
     ours, disk = "language.model.model.layers.*", "language_model.model.layers.*"
@@ -210,7 +207,8 @@ def _language_rules(config: LanguageConfig) -> list[Rule]:
     ]
 
 
-def _vision(settings: Mapping[str, Any], where: object) -> VisionConfig:
+def vision_config(settings: Mapping[str, Any], where: object) -> VisionConfig:
+    """InternViT from `vision_config`, or from the config.json of an encoder alone."""
     if settings.get("hidden_act", "gelu") != "gelu":
         raise ValueError(f"{where}: vision hidden_act is {settings['hidden_act']!r}, must be 'gelu'")
     fields = {ours: settings.get(disk, VISION_DEFAULTS[disk]) for ours, disk in VISION_FIELDS.items()}
@@ -219,13 +217,14 @@ def _vision(settings: Mapping[str, Any], where: object) -> VisionConfig:
     return _checked(VisionConfig, where, **fields, drop_path_schedule=schedule)
 
 
-def _language(settings: Mapping[str, Any], where: object) -> LanguageConfig:
+def language_config(settings: Mapping[str, Any], where: object) -> LanguageConfig:
+    """A language model from `llm_config`, or from the config.json of one alone."""
     names = settings.get("architectures") or [None]
     if names[0] not in FAMILIES:
         raise ValueError(f"{where}: language model {names[0]!r} is not one of {', '.join(FAMILIES)}")
     wrong = {key: settings.get(key) for key in LANGUAGE_SIZES if not isinstance(settings.get(key), int)}
     if wrong:
-        raise ValueError(f"{where}: llm_config has {wrong}; each must be a whole number")
+        raise ValueError(f"{where}: the language model has {wrong}; each must be a whole number")
     return LanguageConfig(FAMILIES[names[0]], settings)
 
 

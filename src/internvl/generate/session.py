@@ -271,16 +271,21 @@ def load(
     dtype: Dtype | torch.dtype = "auto",
     max_tiles: int | None = None,
     max_rows: int = 16,
+    adapters: Sequence[str | Path] = (),
+    device_map: str | Mapping[str, str] | None = None,
 ) -> Chat:
     """Open a model by name or folder, of either layout, to chat with.
 
     dtype "auto" is bfloat16 where the hardware computes it, else float32; "int4" keeps bfloat16 for pictures and
-    prompts and steps through 4-bit blocks of the language model's weights. device "auto" takes a GPU if there is one.
+    prompts and steps through 4-bit blocks of the language model's weights. device "auto" takes a GPU if there is one;
+    `device_map` "auto" spreads the model over all GPUs. `adapters` are peft folders, folded in (docs/convert.md).
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     int4 = dtype == "int4"
-    loaded = load_checkpoint(name_or_folder, device=device, dtype=_dtype(dtype, device))
+    loaded = load_checkpoint(
+        name_or_folder, device=device, dtype=_dtype(dtype, device), adapters=adapters, device_map=device_map
+    )
     stop_ids = _generation_stops(Path(name_or_folder))
     return Chat(loaded.model, loaded.tokenizer, int4=int4, max_tiles=max_tiles, max_rows=max_rows, stop_ids=stop_ids)
 

@@ -6,7 +6,7 @@ Module names on disk are the official ones, so an adapter also fits the official
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,41 @@ def load(model: ChatModel, folder: str | Path, part: str) -> int:
 
 
 @torch.no_grad()
+def attach(
+    model: ChatModel,
+    part: str,
+    halves: Mapping[str, tuple[Tensor, Tensor]],
+    alpha: float,
+    *,
+    root_scaled: bool = False,
+) -> str:
+    """Put known pairs beside modules of one part, on top of adapters that are there; returns the adapter's name.
+
+    `halves`: module name inside the part -> (down (rank, columns), up (rows, rank)), all of one rank. All adapters
+    of a part act together; `merge` folds all of them.
+    """
+    from peft import LoraConfig
+
+    module = _module(model, part)
+    ranks = {down.shape[0] for down, _ in halves.values()}
+    if len(ranks) != 1:
+        raise ValueError(f"adapter ranks {sorted(ranks)} of the {part} model; one adapter has one rank")
+    names = [*_configs(module), f"stacked{len(_configs(module))}" if _configs(module) else "default"]
+    rank = ranks.pop()
+    config = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=root_scaled, target_modules=sorted(halves))
+    _inject(model, part, config, names[-1])
+    for name, (down, up) in halves.items():
+        for side, value in (("lora_A", down), ("lora_B", up)):
+            weight = module.get_parameter(f"{name}.{side}.{names[-1]}.weight")
+            if weight.shape != value.shape:
+                raise ValueError(f"{part} adapter {name}.{side} is {tuple(value.shape)}, must be {tuple(weight.shape)}")
+            weight.copy_(value)
+    for _, _, layer in _adapted(module):
+        layer.set_adapter([name for name in names if name in layer.lora_A])
+    return names[-1]
+
+
+@torch.no_grad()
 def merge(model: ChatModel) -> float:
     """Fold all adapters into plain weights. Returns the change of the outputs; ValueError where it is not rounding."""
     layers = list(_adapted(model))
@@ -115,18 +150,19 @@ def merge(model: ChatModel) -> float:
     return change
 
 
-def _inject(model: ChatModel, part: str, config: Any) -> int:
+def _inject(model: ChatModel, part: str, config: Any, adapter: str = "default") -> int:
     from peft import inject_adapter_in_model
 
     module = _module(model, part)
-    if any(_adapted(module)):
+    if adapter == "default" and any(_adapted(module)):
         raise ValueError(f"the {part} model has adapters already; merge them first")
-    wanted = {name for name, _ in module.named_modules() for t in config.target_modules if name.endswith(f".{t}")}
-    unmatched = [t for t in config.target_modules if not any(name.endswith(f".{t}") for name in wanted)]
+    targets = config.target_modules
+    wanted = {name for name, _ in module.named_modules() for t in targets if f".{name}".endswith(f".{t}")}
+    unmatched = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in wanted)]
     if unmatched:
         raise ValueError(f"no module of the {part} model is called {', '.join(sorted(unmatched))}")
-    inject_adapter_in_model(config, module)
-    count = len(list(_adapted(module)))
+    inject_adapter_in_model(config, module, adapter_name=adapter)
+    count = sum(adapter in layer.lora_A for _, _, layer in _adapted(module))
     if count != len(wanted):
         raise ValueError(f"{len(wanted)} modules of the {part} model are targets but {count} were adapted")
     return count

@@ -39,12 +39,18 @@ class Slots:
     """The tensors of the cache: for every layer keys and values of (slots, kv_heads, capacity, head_width)."""
 
     def __init__(
-        self, layers: int, kv_heads: int, head_width: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        layers: int,
+        kv_heads: int,
+        head_width: int,
+        dtype: torch.dtype,
+        device: torch.device | str | Sequence[torch.device],
     ) -> None:
+        """`device` of all layers, or one each where the model is spread (placement.py)."""
         self.shape = (layers, kv_heads, head_width)
         self.rows = self.capacity = 0
-        self.options: dict[str, Any] = {"dtype": dtype, "device": device}
-        self.keys: list[Tensor] = [torch.empty(0, kv_heads, 0, head_width, **self.options) for _ in range(layers)]
+        devices = [device] * layers if isinstance(device, (str, torch.device)) else device
+        self.keys: list[Tensor] = [torch.empty(0, kv_heads, 0, head_width, dtype=dtype, device=d) for d in devices]
         self.values: list[Tensor] = list(self.keys)
 
     def reserve(self, rows: int, length: int) -> bool:
@@ -58,7 +64,7 @@ class Slots:
         _, kv_heads, head_width = self.shape
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
-                new = torch.zeros(self.rows, kv_heads, self.capacity, head_width, **self.options)
+                new = old.new_zeros(self.rows, kv_heads, self.capacity, head_width)
                 new[:old_rows, :, :old_capacity] = old
                 tensors[layer] = new
         return True
@@ -74,11 +80,10 @@ class PlainDecoder:
     def __init__(self, language: LanguageModel) -> None:
         config = language.model.config
         head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        weight = language.model.get_input_embeddings().weight
+        dtype = language.model.get_input_embeddings().weight.dtype
+        devices = [next(layer.parameters()).device for layer in language.model.model.layers]
         self.language = language
-        self.slots = Slots(
-            config.num_hidden_layers, config.num_key_value_heads, head_width, weight.dtype, weight.device
-        )
+        self.slots = Slots(config.num_hidden_layers, config.num_key_value_heads, head_width, dtype, devices)
 
     def reserve(self, rows: int, length: int) -> None:
         self.slots.reserve(rows, length)
@@ -155,7 +160,7 @@ class _NextTokens(_SlotCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         keys, values = self.slots.keys[layer_idx], self.slots.values[layer_idx]
-        rows, positions = self.index
+        rows, positions = (index.to(keys.device) for index in self.index)
         keys[rows, :, positions] = key_states[:, :, 0]
         values[rows, :, positions] = value_states[:, :, 0]
         return keys[: len(rows), :, : self.longest], values[: len(rows), :, : self.longest]

@@ -52,6 +52,10 @@ def transformers_config(config: LanguageConfig) -> Any:
     chosen = {name: deepcopy(settings[name]) for name in names if settings.get(name) is not None}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         chosen.setdefault(name, None)
+    scaling = chosen.get("rope_scaling")
+    if config.family == "phi3" and scaling and scaling.get("type", scaling.get("rope_type")) == "su":
+        # Phi-3-mini-128k before July 2024, so Mini-InternVL-Chat-4B-V1-5; transformers 5 reads it by the new name only
+        chosen["rope_scaling"] = {**scaling, "type": "longrope", "rope_type": "longrope"}
     if config.family == "internlm2":
         chosen["attention_bias"] = bool(settings.get("bias", False))
     return CONFIG_CLASS[config.family](**chosen, tie_word_embeddings=config.tied)

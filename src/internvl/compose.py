@@ -1,0 +1,266 @@
+"""A new chat checkpoint from a vision encoder and a language model, tensor by tensor: what stage 1 starts from.
+
+Progressive scaling (paper 2.5, section 3.3): an InternViT that was trained under a small language model moves under a
+larger one, and only the connector has to be warmed up again. Training itself is train/'s.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from internvl.config import ChatConfig, LanguageConfig, VisionConfig
+from internvl.convert import native, official
+from internvl.convert.files import MAX_SHARD_BYTES, open_weights, read_json
+from internvl.convert.keys import Rule, check_keys, expand, matches
+from internvl.data.templates import find_template
+from internvl.load import EMBEDDING, HEAD, Opened, open_checkpoint, read_tokenizer, write_checkpoint
+from internvl.models.connector import Connector
+from internvl.models.internvit import InternViT
+from internvl.models.language import LanguageModel
+from internvl.models.layers import resize_positions
+from internvl.rewrite import forget_code, fresh_folder, reader
+from internvl.tokens import IMAGE_TOKEN, SPECIAL_TOKENS
+
+POSITIONS = "vision.embeddings.position_embedding"
+VISION_TYPE = official.VISION_CONSTANTS["model_type"]
+CHAT_TYPES = (official.MODEL_TYPE, native.MODEL_TYPE)
+TEMPLATE_OF = {"phi3": "phi3-chat"}
+"""Where the family has end-of-turn tokens of its own; else internvl2_5, whose tokens ChatML models have."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What to put together: folders; an encoder or language model may also be that of a chat checkpoint."""
+
+    vision: Path
+    language: Path
+    connector: Path | None = None
+    """A chat checkpoint whose connector is carried over; None starts a fresh one."""
+    template: str | None = None
+    tile_size: int | None = None
+    """Pixels; None takes that of the chat checkpoint, or the image size of the encoder."""
+    max_tiles: int = 12
+    dtype: torch.dtype | None = None
+    """None takes that of the language model's embedding."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Composed:
+    """What was written."""
+
+    config: ChatConfig
+    parameters: Mapping[str, int]
+    """Of each part."""
+    added: Mapping[str, int]
+    """New tokens and their ids."""
+    old_rows: int
+    """Rows of the language model's embedding before; `config.language.vocab_size` after."""
+
+
+def compose(parts: Parts, target: Path) -> Composed:
+    """Write the official-layout folder `target`, which must be empty or not there; one shard in memory at a time.
+
+    ValueError where the parts do not fit: widths of the connector, a template whose end-of-turn token the tokenizer
+    does not have, a tile size that the patches do not divide.
+    """
+    vision_config, seen = _vision(parts.vision)
+    language, brings_chat = _language(parts.language)
+    template = parts.template or (brings_chat.template if brings_chat else TEMPLATE_OF.get(language.family))
+    config = _config(parts, vision_config, language, template or "internvl2_5", seen)
+    vision_read, vision_kinds = _open(parts.vision, config, "vision")
+    language_read, language_kinds = _open(parts.language, config, "language")
+    tokenizer, added = _tokenizer(parts.language, config)
+    dtype = parts.dtype or language_kinds[EMBEDDING].dtype
+    kinds = {key: kind.to(dtype) for key, kind in (vision_kinds | language_kinds).items()}
+    rows, size = kinds[EMBEDDING].shape[0], len(tokenizer)
+    kinds |= {key: torch.empty(size, language.width, dtype=dtype, device="meta") for key in (EMBEDDING, HEAD)}
+    positions = (1, (config.tile_size // config.vision.patch_size) ** 2 + 1, config.vision.width)
+    kinds[POSITIONS] = torch.empty(positions, dtype=dtype, device="meta")
+    connector = _connector(parts, config)
+    kinds |= {key: torch.empty_like(value, dtype=dtype, device="meta") for key, value in connector.items()}
+
+    def read(key: str) -> Tensor:
+        if key in connector:
+            return connector[key].to(dtype)
+        if not key.startswith("vision."):
+            tensor = language_read(key)
+            if key in (EMBEDDING, HEAD):
+                std = float(language.settings.get("initializer_range", 0.02))
+                tensor = resize_rows(tensor, size, len(added), std, key == HEAD, parts.seed)
+            return tensor.to(dtype)
+        tensor = vision_read(key)
+        if key == POSITIONS:
+            side = config.tile_size // config.vision.patch_size
+            tensor = resize_positions(tensor, side, side)
+        return tensor.to(dtype)
+
+    config = _grown(config, size)
+    with fresh_folder(target) as folder:
+        write_checkpoint(folder, config, "official", added.get(IMAGE_TOKEN), kinds, read, MAX_SHARD_BYTES)
+        tokenizer.save_pretrained(str(folder))
+        if (parts.language / "generation_config.json").is_file():
+            shutil.copyfile(parts.language / "generation_config.json", folder / "generation_config.json")
+        forget_code(folder)
+    counts = {part: sum(k.numel() for name, k in kinds.items() if name.startswith(f"{part}.")) for part in PARTS}
+    return Composed(config, counts, added, rows)
+
+
+PARTS = ("vision", "connector", "language")
+
+
+def resize_rows(
+    weight: Float[Tensor, "rows width"], size: int, num_new: int, std: float, is_output: bool, seed: int = 0
+) -> Float[Tensor, "size width"]:
+    """An embedding or output head for `size` tokens, of which the last `num_new` were added to the tokenizer.
+
+    As the official fine-tuning script: rows beyond the tokenizer go (Qwen's padding), further ones are drawn with the
+    language model's deviation; added *output* rows become the mean of those before them, in float32. Added input
+    rows keep what they are: drawn, or the padding row that was there.
+    """
+    out = weight[:size]
+    if size > len(weight):
+        generator = torch.Generator().manual_seed(seed)
+        fresh = torch.empty(size - len(weight), weight.shape[1]).normal_(0.0, std, generator=generator)
+        out = torch.cat([out, fresh.to(weight.dtype)])
+    if is_output and num_new:
+        out = out.clone()
+        out[-num_new:] = out[:-num_new].float().mean(0).to(out.dtype)
+    return out
+
+
+def fresh_connector(config: ChatConfig, seed: int = 0) -> dict[str, Tensor]:
+    """Weights as `torch.nn` draws them (the official mlp1 is never initialised otherwise), from a seed, in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    out: dict[str, Tensor] = {}
+    for name, weight in _empty_connector(config).items():
+        if name.startswith("connector.norm."):
+            out[name] = torch.ones(weight.shape) if name.endswith("weight") else torch.zeros(weight.shape)
+        else:
+            columns = config.connector_width if ".fc1." in name else config.language.width
+            out[name] = torch.empty(weight.shape).uniform_(-(columns**-0.5), columns**-0.5, generator=generator)
+    return out
+
+
+def _vision(folder: Path) -> tuple[VisionConfig, ChatConfig | None]:
+    """The encoder's config, and that of the chat checkpoint where it is part of one."""
+    settings = read_json(folder / "config.json")
+    if settings.get("model_type") in CHAT_TYPES:
+        config = open_checkpoint(folder).config
+        return config.vision, config
+    if settings.get("model_type") != VISION_TYPE:
+        raise ValueError(
+            f"{folder / 'config.json'}: model_type is {settings.get('model_type')!r}, must be {VISION_TYPE!r} "
+            f"(an InternViT) or that of a chat checkpoint ({', '.join(CHAT_TYPES)})"
+        )
+    return official.vision_config(settings, folder / "config.json"), None
+
+
+def _language(folder: Path) -> tuple[LanguageConfig, ChatConfig | None]:
+    settings = read_json(folder / "config.json")
+    if settings.get("model_type") in CHAT_TYPES:
+        config = open_checkpoint(folder).config
+        return config.language, config
+    settings = {key: value for key, value in settings.items() if key != "auto_map"}  # names code of another folder
+    return official.language_config(settings, folder / "config.json"), None
+
+
+def _config(
+    parts: Parts, vision: VisionConfig, language: LanguageConfig, template: str, seen: ChatConfig | None
+) -> ChatConfig:
+    """A v2 model with dynamic tiles; what the vision part learned with (layer, normalisation, shuffle) stays."""
+    tile_size = parts.tile_size or (seen.tile_size if seen else vision.image_size)
+    find_template(template)
+    config = ChatConfig(vision, language, tile_size=tile_size, template=template, max_tiles=parts.max_tiles)
+    if seen is None:
+        return config
+    return replace(config, feature_layer=seen.feature_layer, normalize=seen.normalize, downsample=seen.downsample)
+
+
+def _grown(config: ChatConfig, size: int) -> ChatConfig:
+    """The config of what is written: whole vocabulary, head of its own (official), positions of the tile size."""
+    settings = {**config.language.settings, "vocab_size": size, "tie_word_embeddings": False}
+    language = replace(config.language, settings=settings)
+    return replace(config, language=language, vision=replace(config.vision, image_size=config.tile_size))
+
+
+def _open(folder: Path, config: ChatConfig, part: str) -> tuple[Callable[[str], Tensor], dict[str, Tensor]]:
+    """A reader by our key for one part of a folder, and the kinds of its tensors; keys and shapes are checked."""
+    opened = _opened(folder, config, part)
+    mine = [entry for entry in opened.entries if entry.ours[0].startswith(f"{part}.")]
+    kinds: dict[str, Tensor] = {}
+    for entry in mine:
+        dtype = opened.kind(entry) if opened.has(entry) else kinds[EMBEDDING].dtype
+        for key in entry.ours:
+            kinds[key] = torch.empty(opened.ours[key], dtype=dtype, device="meta")
+    return reader(opened, None), kinds
+
+
+def _opened(folder: Path, config: ChatConfig, part: str) -> Opened:
+    settings = read_json(folder / "config.json")
+    if settings.get("model_type") in CHAT_TYPES:
+        return open_checkpoint(folder)
+    rules: list[Rule] = official.VISION_RULES if part == "vision" else official.language_rules(config.language)
+    prefix = "vision_model." if part == "vision" else "language_model."
+    weights = open_weights(folder)
+    names = {key if key.startswith(prefix) else prefix + key: key for key in weights.shapes}
+    names = {name: key for name, key in names.items() if not matches(name, official.DERIVED_KEYS)}
+    with torch.device("meta"):
+        module: nn.Module = InternViT(config.vision) if part == "vision" else LanguageModel(config.language)
+    ours = {f"{part}.{key}": tensor.shape for key, tensor in module.state_dict().items()}
+    entries = expand(rules, ours)
+    optional = _heads(entries) if config.language.tied else []
+    check_keys(entries, ours, {name: weights.shapes[key] for name, key in names.items()}, folder, optional=optional)
+    return Opened(folder, "official", settings, config, None, weights, names, tuple(entries), ours, ())
+
+
+def _heads(entries: Iterable[Any]) -> list[str]:
+    return [key for entry in entries if HEAD in entry.ours for key in entry.disk]
+
+
+def _tokenizer(folder: Path, config: ChatConfig) -> tuple[Any, dict[str, int]]:
+    """The language model's tokenizer with the nine tokens, and those that are new."""
+    tokenizer = read_tokenizer(folder, config.language)
+    if tokenizer is None:
+        raise ValueError(f"{folder}: has no tokenizer; a chat model needs one beside the language model")
+    end = find_template(config.template).stops[0]
+    if end not in tokenizer.get_vocab():
+        raise ValueError(
+            f"{folder}: template {config.template} ends turns with {end!r}, which the tokenizer does not have as one "
+            f"token; give a template whose end it has, or a chat version of the language model"
+        )
+    before = set(tokenizer.get_vocab())
+    tokenizer.add_tokens([token for token in SPECIAL_TOKENS if token not in before], special_tokens=True)
+    vocabulary = tokenizer.get_vocab()
+    return tokenizer, {token: int(vocabulary[token]) for token in SPECIAL_TOKENS if token not in before}
+
+
+def _empty_connector(config: ChatConfig) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        module = Connector(config.vision.width, config.language.width, config.downsample, config.pixel_shuffle)
+    return {f"connector.{key}": value for key, value in module.state_dict().items()}
+
+
+def _connector(parts: Parts, config: ChatConfig) -> dict[str, Tensor]:
+    if parts.connector is None:
+        return fresh_connector(config, parts.seed)
+    opened = open_checkpoint(parts.connector)
+    wanted = {key: tuple(value.shape) for key, value in _empty_connector(config).items()}
+    found = {key: tuple(opened.ours[key]) for key in wanted}
+    if found != wanted:
+        other = opened.config
+        raise ValueError(
+            f"{parts.connector}: its connector goes from {other.connector_width} to {other.language.width} channels, "
+            f"this model needs {config.connector_width} to {config.language.width}; leave the connector out to start "
+            f"a fresh one"
+        )
+    read = reader(opened, None)
+    return {key: read(key) for key in wanted}
