@@ -15,6 +15,7 @@ from internvl.config import ChatConfig
 from internvl.convert import native, official
 from internvl.convert.files import Weights, open_weights, read_json, write_json, write_weights
 from internvl.convert.keys import Entry, check_keys, expand, matches
+from internvl.locate import locate
 from internvl.models.build import build, finish
 from internvl.models.chat import ChatModel
 from internvl.tokens import IMAGE_TOKEN
@@ -42,20 +43,14 @@ def load_checkpoint(
     dtype: torch.dtype | None = torch.float32,
     layout: str | None = None,
 ) -> Loaded:
-    """Open a checkpoint folder of either layout, `pocket`, or a `tiny-*` model of random weights.
+    """Open a checkpoint folder of either layout, a hub id, `pocket`, or a `tiny-*` model of random weights.
 
     `dtype` None keeps the stored number type, or float32 where several are mixed.
     """
-    if str(path) == "pocket":
-        from internvl.pocket import pocket_folder
-
-        path = pocket_folder()
-    elif str(path) in CHAT:
+    if str(path) in CHAT and str(path) != "pocket":
         config = CHAT[str(path)]
         return Loaded(build(config, dtype or torch.float32, device), None, config, "random")
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder, and no model of that name; names are {', '.join(CHAT)}")
+    folder = locate(path)
     settings = read_json(folder / "config.json")
     layout = _known(layout or _layout(settings, folder))
     if layout == "native":

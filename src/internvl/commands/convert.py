@@ -25,7 +25,7 @@ class Convert:
     """Write a model in the official or the native layout."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """A checkpoint folder of either layout, or the name of a model such as pocket."""
+    """A checkpoint folder of either layout, a hub id, or the name of a model such as pocket."""
     target: Annotated[Path, tyro.conf.Positional]
     """The folder to write; it must be empty or not there."""
     layout: Literal["official", "native"] = "official"
@@ -47,6 +47,7 @@ def main(arguments: list[str]) -> int:
     import torch
 
     from internvl.load import load_checkpoint, save_checkpoint
+    from internvl.locate import locate
 
     loaded = load_checkpoint(asked.source, dtype=None if asked.dtype == "stored" else getattr(torch, asked.dtype))
     model = loaded.model
@@ -54,9 +55,10 @@ def main(arguments: list[str]) -> int:
         model.image_token_id = asked.image_token_id
     before = _logits(model) if asked.check else None
     save_checkpoint(model, loaded.tokenizer, asked.target, asked.layout)
+    source = Path(asked.source) if loaded.layout == "random" else locate(asked.source)
     for name in BESIDE:
-        if (Path(asked.source) / name).is_file():
-            shutil.copyfile(Path(asked.source) / name, asked.target / name)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, asked.target / name)
     result = {"source": asked.source, "from": loaded.layout, "target": str(asked.target), "to": asked.layout}
     result["parameters"] = f"{sum(p.numel() for p in model.parameters()):,}"
     if before is not None:
