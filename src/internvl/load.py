@@ -15,6 +15,7 @@ from internvl.config import ChatConfig
 from internvl.convert import native, official
 from internvl.convert.files import Weights, open_weights, read_json, write_json, write_weights
 from internvl.convert.keys import Entry, check_keys, expand, matches
+from internvl.convert.layouts import layout_of
 from internvl.locate import locate
 from internvl.models.build import build, finish
 from internvl.models.chat import ChatModel
@@ -52,7 +53,7 @@ def load_checkpoint(
         return Loaded(build(config, dtype or torch.float32, device), None, config, "random")
     folder = locate(path)
     settings = read_json(folder / "config.json")
-    layout = _known(layout or _layout(settings, folder))
+    layout = _known(layout or layout_of(settings, folder))
     if layout == "native":
         config, image_token_id = native.from_native(settings, folder / "config.json")
     else:
@@ -105,17 +106,6 @@ def _known(layout: str) -> str:
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r}; it is {' or '.join(LAYOUTS)}")
     return layout
-
-
-def _layout(settings: Mapping[str, Any], folder: Path) -> str:
-    if settings.get("model_type") == native.MODEL_TYPE:
-        return "native"
-    if settings.get("model_type") == official.MODEL_TYPE:
-        return "official"
-    raise ValueError(
-        f"{folder / 'config.json'}: model_type is {settings.get('model_type')!r}, must be "
-        f"{official.MODEL_TYPE!r} (official layout) or {native.MODEL_TYPE!r} (native layout)"
-    )
 
 
 def _read(
