@@ -161,7 +161,7 @@ def test_counts_of_small_modules(family: str, vision: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "family, switch",
+    ("family", "switch"),
     [("llama", "attention_bias"), ("llama", "mlp_bias"), ("internlm2", "bias"), ("llama", "tie_word_embeddings")],
 )
 def test_counts_with_biases_and_tied_heads(family: str, switch: str) -> None:
