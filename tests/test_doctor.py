@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from internvl.cli import main
 from internvl.convert.files import Weights
+from internvl.convert.official import CHAT_FIELDS
 from internvl.data.templates import TEMPLATES
 from internvl.doctor.checks import CHECKS, diagnose
 from internvl.doctor.folder import Finding, read_folder
@@ -308,15 +309,17 @@ def test_damaged_config(content: str, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_odd_values_are_no_crash(tmp_path: Path) -> None:
-    """Other files are somebody else's: any JSON may stand in them."""
-    odd: tuple[Any, ...] = (3, "x", [], {}, [None, "a"], {"a": {"b": []}}, True)
+    """The files are somebody else's: any JSON may stand in them."""
+    odd: tuple[Any, ...] = (0, -7, 1.5, "x", [None, "a"], {"a": {"b": []}}, True)
     fields = {
         "generation_config.json": ("eos_token_id", "do_sample", "temperature"),
         "tokenizer_config.json": ("chat_template", "added_tokens_decoder", "bos_token", "eos_token"),
         "preprocessor_config.json": ("size", "image_mean", "max_patches", "image_std"),
         "config.json": ("torch_dtype", "auto_map", "_name_or_path", "img_context_token_id", "tie_word_embeddings"),
     }
+    fields["config.json"] += (*CHAT_FIELDS.values(), "vision_config", "llm_config", "use_llm_lora")
     folder = make(tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
     (folder / "chat_template.jinja").unlink()
     for file, names in fields.items():
         before = (folder / file).read_text()
@@ -325,6 +328,12 @@ def test_odd_values_are_no_crash(tmp_path: Path) -> None:
                 edit(folder / file, **{name: value})
                 look(folder)
                 (folder / file).write_text(before)
+    for part in ("vision_config", "llm_config"):
+        for name in settings[part]:
+            for value in odd:
+                edit(folder / "config.json", **{part: {**settings[part], name: value}})
+                look(folder)
+        edit(folder / "config.json", **{part: settings[part]})
 
 
 # the command

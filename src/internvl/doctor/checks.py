@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,7 @@ def tiles(folder: Folder) -> Iterator[Finding]:
         for field in absent:
             says = f"config.json has no {field}"
             yield Finding("note", "tiles", says, "", f"{CHAT_DEFAULTS[field]}, the default of the official class")
-    largest, room = Plan(config), int(config.language.settings.get("max_position_embeddings") or 0)
+    largest, room = Plan(config), config.language.settings.get("max_position_embeddings")
     positions = largest.picture_tokens(largest.max_tiles)
     if room and positions >= room:
         says = f"a picture of {largest.max_tiles} tiles takes {positions} positions"
@@ -195,7 +195,7 @@ def _pictures(folder: Folder) -> Iterator[Finding]:
         yield Finding("conflict", "pictures", says, f"config.json: tiles of {config.tile_size} px", used)
     for field, values in zip(("image_mean", "image_std"), STATISTICS[config.normalize], strict=True):
         theirs = said.get(field)
-        if isinstance(theirs, list) and [round(float(v), 4) for v in theirs] != [round(v, 4) for v in values]:
+        if isinstance(theirs, list) and not _close(theirs, values):
             against = f"config.json: {config.normalize}, {list(values)}"
             yield Finding("conflict", "pictures", f"preprocessor_config.json: {field} {theirs}", against, used)
     most = said.get("max_patches", said.get("max_dynamic_patch"))
@@ -343,6 +343,12 @@ def _ids(value: Any) -> list[int]:
 
 def _list(values: Iterable[int]) -> str:
     return ", ".join(map(str, values)) or "absent"
+
+
+def _close(theirs: Sequence[Any], ours: Sequence[float]) -> bool:
+    """The same numbers to the four digits that files print."""
+    same_kind = len(theirs) == len(ours) and all(isinstance(value, (int, float)) for value in theirs)
+    return same_kind and all(abs(a - b) < 1e-4 for a, b in zip(theirs, ours, strict=True))
 
 
 def _some(names: list[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,12 @@ from internvl.convert import native, official
 from internvl.convert.files import Weights, open_weights, read_json
 from internvl.convert.layouts import layout_of, read_config
 
+ODD = (ValueError, OSError, KeyError, TypeError, AttributeError, ArithmeticError)
+"""What reading a config.json raises that describes no model."""
+SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "max_position_embeddings"),
+)
 LORA_FIELDS = ("use_llm_lora", "use_backbone_lora")
 
 
@@ -111,17 +117,33 @@ def read_folder(path: Path) -> tuple[Folder, list[Finding]]:
 
 def _config(path: Path, settings: Mapping[str, Any], found: list[Finding]) -> ChatConfig | None:
     try:
-        config = read_config(path)
-        assert config.num_parameters  # needs every size of the language model
-        return config
-    except (ValueError, OSError, KeyError, TypeError) as error:
+        return _sound(read_config(path))
+    except ODD as error:
         said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         found.append(Finding("conflict", "config.json", said, "the model cannot be opened", "nothing"))
+    if not any(settings.get(name) for name in LORA_FIELDS):
+        return None
     without = {key: value for key, value in settings.items() if key not in LORA_FIELDS}
     try:  # what else is wrong is worth knowing too
-        return None if without == settings else official.from_official(without, path / "config.json")
-    except ValueError:
+        return _sound(official.from_official(without, path / "config.json"))
+    except ODD:
         return None
+
+
+def _sound(config: ChatConfig) -> ChatConfig:
+    """ValueError for a value of another kind than the default of its field, KeyError for a missing size."""
+    for part in (config, config.vision):
+        for field in fields(part):
+            value, usual = getattr(part, field.name), field.default
+            kind = (int, float) if isinstance(usual, float) else type(usual)
+            if isinstance(usual, (bool, int, float, str)) and not isinstance(value, kind):
+                raise ValueError(f"{field.name} is {value!r}, must be like {usual!r}")
+    for name in SIZES:
+        value = config.language.settings.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"llm_config: {name} is {value!r}, must be a whole number above 0")
+    assert config.num_parameters  # needs every size of the language model
+    return config
 
 
 def _weights(path: Path, found: list[Finding]) -> Weights | None:
