@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from internvl.zoo.released import VISION_BILLIONS
 from tiny import FAMILIES, tiny_chat_config
 
 EVERY = tuple(RELEASED)
+PAGE = Path(__file__).parents[1] / "docs" / "zoo.md"
 TWICE_ROUNDED = {"4.2": 4.1469}
 """Phi-3 releases: 4.1469B became 4.15B on the model page and 4.2B in the tables."""
 
@@ -113,6 +116,38 @@ def test_vocabulary_is_base_and_special_tokens() -> None:
             assert language.vocab_size == base[language.family] + len(SPECIAL_TOKENS)
         if language.family == "qwen2":
             assert language.vocab_size == (151665 if "2_5" in name else 151646) + len(SPECIAL_TOKENS)
+
+
+# the page
+
+
+def test_page_shows_this_table() -> None:
+    rows = re.findall(
+        r"^\| (?!release |---)(.*) \|$", PAGE.read_text(encoding="utf-8").split("# 45\n")[1], re.MULTILINE
+    )
+    config = {name: release.config for name, release in RELEASED.items()}
+    assert rows == [
+        " | ".join(
+            [
+                *(name, f"{config[name].num_parameters / 1e9:.3f}", release.billions, release.language),
+                *(release.vision.removeprefix("InternViT-"), release.config.template),
+                *(str(config[name].language.vocab_size), config[name].pixel_shuffle, str(config[name].max_tiles)),
+            ]
+        )
+        for name, release in RELEASED.items()
+    ]
+
+
+@pytest.mark.parametrize("page", ["zoo.md", "plan.md"])
+def test_snippets_of_the_pages_print_what_they_say(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    snippets = re.findall(r"```python\n(.*?)```", (PAGE.parent / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, page, "exec"), {})
+        said = capsys.readouterr().out
+        comments = re.findall(r"\)\s+# (.*)", snippet)
+        assert comments
+        assert all(comment in said for comment in comments)
 
 
 # sizes

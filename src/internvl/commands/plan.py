@@ -103,7 +103,8 @@ def _show(options: Options, plan: Plan, found: dict[str, Any]) -> None:
     console = Console(highlight=False, markup=False)
 
     def table(title: str, *columns: str) -> Table:
-        shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+        console.print(title, style="bold")
+        shown = Table(box=SIMPLE_HEAD, padding=(0, 1))
         for place, column in enumerate(columns):
             shown.add_column(column, justify="right" if place else "left", no_wrap=True)
         return shown
