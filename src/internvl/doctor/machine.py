@@ -89,4 +89,4 @@ def _folders() -> dict[str, Any]:
     hub = (
         os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "hub"
     )
-    return {"cache": str(cache), "pocket": pockets[-1] if pockets else None, "hub": str(hub)}
+    return {"cache": str(cache), "pocket": pockets, "hub": str(hub)}
