@@ -160,9 +160,7 @@ def tiles(folder: Folder) -> Iterator[Finding]:
     if config.tile_size != side:
         says, against = f"config.json: force_image_size {config.tile_size}", f"vision_config: image_size {side}"
         yield Finding("note", "tiles", says, against, f"tiles of {config.tile_size} px; positions are interpolated")
-    stored = folder.shape(
-        "vision_model.embeddings.position_embedding", "model.vision_tower.embeddings.position_embeddings"
-    )
+    stored = folder.positions
     if stored is not None and len(stored) == 3 and stored[1] != config.vision.num_positions:
         says = f"vision_config: image_size {side}, so {config.vision.num_positions} positions"
         yield Finding("conflict", "tiles", says, f"{stored[1]} are stored", "nothing: opening it is refused")

@@ -19,6 +19,26 @@ SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "vocab_size", "max_position_embeddings"),
 )
+# By layout and family: official, official InternLM2, native. Wrapped in adapters, official keys have a prefix more.
+EMBEDDINGS = (
+    "language_model.model.embed_tokens.weight",
+    "language_model.model.tok_embeddings.weight",
+    "language_model.base_model.model.model.embed_tokens.weight",
+    "language_model.base_model.model.model.tok_embeddings.weight",
+    "model.language_model.embed_tokens.weight",
+)
+HEADS = (
+    "language_model.lm_head.weight",
+    "language_model.output.weight",
+    "language_model.base_model.model.lm_head.weight",
+    "language_model.base_model.model.output.weight",
+    "lm_head.weight",
+)
+POSITIONS = (
+    "vision_model.embeddings.position_embedding",
+    "vision_model.base_model.model.embeddings.position_embedding",
+    "model.vision_tower.embeddings.position_embeddings",
+)
 LORA_FIELDS = ("use_llm_lora", "use_backbone_lora")
 
 
@@ -67,26 +87,25 @@ class Folder:
     def vision(self) -> Mapping[str, Any]:
         return _mapping(self.settings.get("vision_config"))
 
-    def shape(self, official_key: str, native_key: str) -> tuple[int, ...] | None:
-        """Shape in the weight headers; None where there is no such key."""
+    def shape(self, names: tuple[str, ...]) -> tuple[int, ...] | None:
+        """Shape in the weight headers of the first key that is there; None where there is none."""
         if self.weights is None:
             return None
-        wanted = native_key if self.layout == "native" else official_key
-        for key, shape in self.weights.shapes.items():
-            if (native.current_key(key) if self.layout == "native" else key) == wanted:
-                return shape
-        return None
+        old = self.layout == "native"
+        shapes = {native.current_key(key) if old else key: shape for key, shape in self.weights.shapes.items()}
+        return next((shapes[name] for name in names if name in shapes), None)
 
     @property
     def embedding(self) -> tuple[int, ...] | None:
-        internlm2 = self.config is not None and self.config.language.family == "internlm2"
-        name = "tok_embeddings" if internlm2 and self.layout == "official" else "embed_tokens"
-        return self.shape(f"language_model.model.{name}.weight", "model.language_model.embed_tokens.weight")
+        return self.shape(EMBEDDINGS)
 
     @property
     def head(self) -> tuple[int, ...] | None:
-        key = "language_model.lm_head.weight" if self.config is None else official.head_key(self.config)
-        return self.shape(key, native.HEAD_KEY)
+        return self.shape(HEADS)
+
+    @property
+    def positions(self) -> tuple[int, ...] | None:
+        return self.shape(POSITIONS)
 
 
 def read_folder(path: Path) -> tuple[Folder, list[Finding]]:
