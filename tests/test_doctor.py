@@ -269,6 +269,7 @@ def test_weights_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 HOSTILE = {
     "endless": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "large": "{{ ('a' * 99999999) * 999 }}",
+    "long": "{{ 'a' * 9999999 }}",
     "escape": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "import": "{{ cycler.__init__.__globals__.os.system('touch ' ~ 'TRAP') }}",
     "broken": "{% for",
@@ -359,7 +360,7 @@ def test_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "CONFLICT  stop" in shown
     assert "file says: generation_config.json: eos_token_id 2\n" in shown
-    assert "1 contradictions that change answers, 1 notes" in shown
+    assert "contradictions that change answers: 1; notes: 1" in shown
     assert len([check for check in CHECKS if check.__name__.replace("_", " ") in shown]) == len(CHECKS)
 
 

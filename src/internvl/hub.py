@@ -46,6 +46,6 @@ def download(hub_id: str) -> Path:
 
 def _by_hand(hub_id: str) -> str:
     return (
-        f"where there is a connection run `hf download {hub_id} --exclude '*.py' --local-dir FOLDER`, "
+        f"where there is a connection run `hf download {hub_id} --exclude '*.py' '*.bin' --local-dir FOLDER`, "
         f"bring FOLDER here and give its path"
     )

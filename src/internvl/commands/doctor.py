@@ -140,7 +140,7 @@ def _checkpoint(name: str, options: Options) -> int:
     else:
         _findings(f"{folder.path}: {folder.layout} layout", found)
         sys.stdout.write(f"looked at: {', '.join(check.__name__.replace('_', ' ') for check in CHECKS)}\n")
-        sys.stdout.write(f"{conflicts} contradictions that change answers, {len(found) - conflicts} notes\n")
+        sys.stdout.write(f"contradictions that change answers: {conflicts}; notes: {len(found) - conflicts}\n")
     return 1 if conflicts else 0
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 SECONDS = 10
 BYTES = 512 * 1024**2
+CHARACTERS = 1_000_000
+"""Of a rendered prompt: a few short messages make no such text."""
 
 
 def limit() -> None:
@@ -35,7 +37,10 @@ def render(asked: dict[str, Any]) -> str:
     # As transformers sets it up (transformers/utils/chat_template_utils.py).
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.globals.update(raise_exception=refuse, strftime_now=lambda _: "")
-    return environment.from_string(asked.pop("template")).render(**asked, add_generation_prompt=True)
+    text = environment.from_string(asked.pop("template")).render(**asked, add_generation_prompt=True)
+    if len(text) > CHARACTERS:
+        raise ValueError(f"it makes {len(text):,} characters of three short messages; the limit is {CHARACTERS:,}")
+    return text
 
 
 if __name__ == "__main__":
