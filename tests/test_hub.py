@@ -83,7 +83,7 @@ def test_converting_a_hub_id_keeps_its_generation_settings(hub: list[str], tmp_p
 
 def test_repository_without_safetensors(hub: list[str], repository: Path) -> None:
     (repository / "model.safetensors").unlink()
-    with pytest.raises(OSError, match=r"InternVL2_5-1B: the repository has no \*\.safetensors; pickled"):
+    with pytest.raises(FileNotFoundError, match=r"InternVL2_5-1B: the repository has no \*\.safetensors; pickled"):
         load_checkpoint(HUB_ID)
 
 
@@ -114,7 +114,7 @@ def test_unreachable_hub_is_one_line(
 def test_offline_mode_of_the_hub_is_respected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(OSError, match="the hub did not give it"):
+    with pytest.raises(FileNotFoundError, match="the hub did not give it"):
         load_checkpoint(HUB_ID)
 
 
@@ -127,7 +127,7 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", imports)
-    with pytest.raises(OSError, match="needs: pip install huggingface_hub; where there is a connection"):
+    with pytest.raises(FileNotFoundError, match="needs: pip install huggingface_hub; where there is a connection"):
         locate(HUB_ID)
 
 

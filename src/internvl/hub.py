@@ -22,22 +22,26 @@ def is_hub_id(name: str) -> bool:
 
 
 def download(hub_id: str) -> Path:
-    """Folder of a checkpoint in the hub's cache, fetched as far as it is not there; OSError says why not."""
+    """Folder of a checkpoint in the hub's cache, fetched as far as it is not there; FileNotFoundError says why not."""
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError as error:
-        raise OSError(f"{hub_id}: fetching it needs: pip install huggingface_hub; {_by_hand(hub_id)}") from error
+        raise FileNotFoundError(
+            f"{hub_id}: fetching it needs: pip install huggingface_hub; {_by_hand(hub_id)}"
+        ) from error
     failures: Any = (OSError, ValueError, *HfHubHTTPError.__bases__)  # the last are those of its transport library
     try:
         found = snapshot_download(hub_id, allow_patterns=list(FILES), ignore_patterns=list(NOT_FILES))
     except failures as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OSError(f"{hub_id}: no such folder, and the hub did not give it ({cause}); {_by_hand(hub_id)}") from error
+        raise FileNotFoundError(
+            f"{hub_id}: no such folder, and the hub did not give it ({cause}); {_by_hand(hub_id)}"
+        ) from error
     folder = Path(str(found))
     missing = [pattern for pattern in ("config.json", "*.safetensors") if not any(folder.glob(pattern))]
     if missing:
-        raise OSError(
+        raise FileNotFoundError(
             f"{hub_id}: the repository has no {' and no '.join(missing)}; pickled weights are never fetched. "
             f"Get a version with safetensors, or save the model as safetensors where you trust it"
         )

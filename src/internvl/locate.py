@@ -9,7 +9,7 @@ from internvl.zoo import CHAT, RELEASED
 
 
 def locate(name: str | Path) -> Path:
-    """Folder of a checkpoint; FileNotFoundError or OSError with what to give instead.
+    """Folder of a checkpoint; FileNotFoundError with what to give instead.
 
     The name of a release is not enough: nothing large is fetched before someone writes its hub id.
     """
