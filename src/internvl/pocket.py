@@ -21,12 +21,13 @@ from torch import Tensor
 from internvl.convert.official import to_official
 from internvl.data.packaged import vision
 from internvl.data.packaged.language import SmolFile
+from internvl.data.templates import chat_template
 from internvl.fetch import cache_folder, find, locked
 from internvl.tokens import SPECIAL_TOKENS
 from internvl.zoo import CHAT
 
 CONFIG = CHAT["pocket"]
-LAYOUT = 1
+LAYOUT = 2
 """Raised when the assembled folder changes without a change of the shipped files."""
 EMBEDDING = "language_model.model.embed_tokens.weight"
 
@@ -124,6 +125,7 @@ def write_settings(target: Path, tokenizer: Any, dtype: torch.dtype = torch.bflo
     settings = {**to_official(CONFIG), "torch_dtype": str(dtype).removeprefix("torch.")}
     (target / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (target / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    tokenizer.chat_template = chat_template(CONFIG.template, CONFIG.system_message)  # not that of the base model
     tokenizer.save_pretrained(os.fspath(target))
     path = target / "tokenizer_config.json"  # the class name that transformers 4 and serving tools know as well
     path.write_text(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import internvl
-from internvl.data.templates import TEMPLATES, Turn, find_template, layout, media_of, render, turns_of
+from internvl.data.templates import TEMPLATES, Turn, chat_template, find_template, layout, media_of, render, turns_of
 
 text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 turns = st.lists(st.tuples(text, text), min_size=1, max_size=3).map(
@@ -109,3 +109,52 @@ def test_unknown_template_lists_the_names() -> None:
 def test_bad_messages_are_named(message: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         render([message])
+
+
+CONVERSATIONS = {
+    "one question": [{"role": "user", "content": "What?"}],
+    "two turns": [
+        {"role": "user", "content": "What?"},
+        {"role": "assistant", "content": "A \"cup\", 100 %\\n\n and {{ braces }}"},
+        {"role": "user", "content": "  Where? "},
+    ],
+    "system": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "What?"}],
+    "parts": [
+        {"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": "b.jpg"}},
+                {"type": "image", "image": "c.jpg"},
+                {"type": "text", "text": "Which?"},
+            ],
+        },
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("system", [None, "", 'Say "yes"\nor\\n no, 你好 {{ x }} {% y %}'])
+@pytest.mark.parametrize("open_turn", [True, False])
+def test_chat_template_renders_as_the_renderer(
+    name: str, conversation: str, system: str | None, open_turn: bool
+) -> None:
+    """By transformers itself, which is who reads it."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages = CONVERSATIONS[conversation]
+    (theirs,), _ = render_jinja_template(
+        [messages], chat_template=chat_template(name, system), add_generation_prompt=open_turn
+    )
+    assert theirs == render(messages, name, open_turn, system)
+
+
+def test_chat_template_refuses_a_late_system_message() -> None:
+    from jinja2.exceptions import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    late = [{"role": "user", "content": "What?"}, {"role": "system", "content": "Be short."}]
+    with pytest.raises(TemplateError, match="not the first message"):
+        render_jinja_template([late], chat_template=chat_template("internvl2_5"))

@@ -18,7 +18,7 @@ class Convert:
     """Write a model in the official or the native layout."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """A checkpoint folder of either layout, a folder of adapters that names its model, or a name such as pocket."""
+    """A folder of either layout, a hub id, a folder of adapters that names its model, or a name such as pocket."""
     target: Annotated[Path, tyro.conf.Positional]
     """The folder to write; it must be empty or not there."""
     layout: Literal["official", "native"] = "official"

@@ -29,6 +29,7 @@ from internvl.generate.reply import Message, Reply, Usage
 from internvl.generate.sampling import Sampling
 from internvl.generate.text import Writer, control_ids
 from internvl.load import load_checkpoint, save_checkpoint
+from internvl.locate import locate
 from internvl.models.chat import ChatModel
 from internvl.models.products import fast_bfloat16
 
@@ -274,7 +275,7 @@ def load(
     adapters: Sequence[str | Path] = (),
     device_map: str | Mapping[str, str] | None = None,
 ) -> Chat:
-    """Open a model by name or folder, of either layout, to chat with.
+    """Open a model by name, hub id or folder, of either layout, to chat with.
 
     dtype "auto" is bfloat16 where the hardware computes it, else float32; "int4" keeps bfloat16 for pictures and
     prompts and steps through 4-bit blocks of the language model's weights. device "auto" takes a GPU if there is one;
@@ -286,7 +287,7 @@ def load(
     loaded = load_checkpoint(
         name_or_folder, device=device, dtype=_dtype(dtype, device), adapters=adapters, device_map=device_map
     )
-    stop_ids = _generation_stops(Path(name_or_folder))
+    stop_ids = [] if loaded.layout == "random" else _generation_stops(locate(name_or_folder))
     return Chat(loaded.model, loaded.tokenizer, int4=int4, max_tiles=max_tiles, max_rows=max_rows, stop_ids=stop_ids)
 
 

@@ -163,7 +163,8 @@ class Align:
         num_waves = 2 * 4 * len(WAVES)
         random = torch.randn(self.table.shape[1], num_waves, generator=torch.Generator().manual_seed(0))
         length = PLACE_SHARE * float(self.table.norm(dim=-1).mean()) / math.sqrt(num_waves / 2)
-        return torch.linalg.qr(random)[0].T.to(self.table.device) * length
+        orthogonal: Tensor = torch.linalg.qr(random)[0].T
+        return orthogonal.to(self.table.device) * length
 
     def begin(self, run: RunConfig, device: torch.device) -> trainable.Learner:
         self.model.to(device)

@@ -1,4 +1,4 @@
-"""Names to configurations: `pocket`, and `tiny-*` models of random weights for tests. No weights, no files."""
+"""`pocket`, and the `tiny-*` models of random weights for tests."""
 
 from __future__ import annotations
 
@@ -102,4 +102,4 @@ CHAT: dict[str, ChatConfig] = {
     "tiny-6b-llama": _tiny(LLAMA_TINY, VIT_TINY_6B),
     "tiny-6b-qwen2": _tiny(QWEN2_TINY, VIT_TINY_6B),
 }
-"""`internvl.load(name)` and `load_checkpoint(name)` take these names."""
+"""Names that open by themselves: `pocket` from packaged weights, the others with random ones."""

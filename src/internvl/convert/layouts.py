@@ -1,0 +1,32 @@
+"""Which layout a folder has, and its config, from config.json alone. No weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from internvl.config import ChatConfig
+from internvl.convert import native, official
+from internvl.convert.files import read_json
+
+
+def layout_of(settings: Mapping[str, Any], folder: Path) -> str:
+    """ "official" or "native"; ValueError for any other model."""
+    if settings.get("model_type") == native.MODEL_TYPE:
+        return "native"
+    if settings.get("model_type") == official.MODEL_TYPE:
+        return "official"
+    raise ValueError(
+        f"{folder / 'config.json'}: model_type is {settings.get('model_type')!r}, must be "
+        f"{official.MODEL_TYPE!r} (official layout) or {native.MODEL_TYPE!r} (native layout)"
+    )
+
+
+def read_config(folder: Path) -> ChatConfig:
+    """The config of a checkpoint folder of either layout."""
+    path = folder / "config.json"
+    settings = read_json(path)
+    if layout_of(settings, folder) == "native":
+        return native.from_native(settings, path)[0]
+    return official.from_official(settings, path)

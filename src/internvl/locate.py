@@ -1,0 +1,35 @@
+"""What someone calls a model -> the folder with its files: a path, `pocket`, or a hub id. Reading it is `load.py`'s."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from internvl.hub import download, is_hub_id
+from internvl.zoo import CHAT, RELEASED
+
+
+def locate(name: str | Path) -> Path:
+    """Folder of a checkpoint; FileNotFoundError with what to give instead.
+
+    The name of a release is not enough: nothing large is fetched before someone writes its hub id.
+    """
+    if str(name) == "pocket":
+        from internvl.pocket import pocket_folder
+
+        return pocket_folder()
+    if Path(name).is_dir():
+        return Path(name)
+    if str(name) in CHAT:
+        raise FileNotFoundError(f"{name}: made of random weights when it is opened; it has no files to read")
+    if str(name) in RELEASED:
+        release = RELEASED[str(name)]
+        raise FileNotFoundError(
+            f"{name}: its weights (about {2 * release.config.num_parameters / 1e9:.1f} GB in bfloat16) are not here. "
+            f"Give the folder that holds them, or {release.hub_id} to fetch them from the hub"
+        )
+    if is_hub_id(str(name)):
+        return download(str(name))
+    raise FileNotFoundError(
+        f"{name}: no such folder, and no model of that name; names are {', '.join(CHAT)}, "
+        f"and hub ids such as OpenGVLab/InternVL2_5-1B"
+    )
