@@ -16,8 +16,15 @@ from jaxtyping import install_import_hook
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import tiny`, `import reference` from any folder
 
-CHECKED = ["internvl.models", "internvl.data", "internvl.train.losses", "internvl.load", "internvl.convert"]
-install_import_hook(CHECKED, "beartype.beartype")
+CHECKED = [
+    "internvl.models",
+    "internvl.data",
+    "internvl.train.losses",
+    "internvl.load",
+    "internvl.opened",
+    "internvl.convert",
+]
+install_import_hook([f"internvl.{name}" for name in CHECKED], "beartype.beartype")
 
 import torch  # noqa: E402
 

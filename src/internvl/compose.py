@@ -21,11 +21,12 @@ from internvl.convert import native, official
 from internvl.convert.files import MAX_SHARD_BYTES, open_weights, read_json
 from internvl.convert.keys import Rule, check_keys, expand, matches
 from internvl.data.templates import find_template
-from internvl.load import EMBEDDING, HEAD, Opened, open_checkpoint, read_tokenizer, write_checkpoint
+from internvl.load import read_tokenizer
 from internvl.models.connector import Connector
 from internvl.models.internvit import InternViT
 from internvl.models.language import LanguageModel
 from internvl.models.layers import resize_positions
+from internvl.opened import EMBEDDING, HEAD, Opened, open_checkpoint, write_checkpoint
 from internvl.rewrite import forget_code, fresh_folder, reader
 from internvl.tokens import IMAGE_TOKEN, SPECIAL_TOKENS
 

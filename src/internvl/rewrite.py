@@ -23,18 +23,9 @@ from internvl.config import ChatConfig
 from internvl.convert import lora
 from internvl.convert.files import MAX_SHARD_BYTES, read_json, write_json
 from internvl.convert.keys import Entry
-from internvl.load import (
-    EMBEDDING,
-    HEAD,
-    Opened,
-    disk_keys,
-    load_checkpoint,
-    open_checkpoint,
-    read_tokenizer,
-    save_checkpoint,
-    write_checkpoint,
-)
+from internvl.load import load_checkpoint, read_tokenizer, save_checkpoint
 from internvl.models.chat import ChatModel
+from internvl.opened import EMBEDDING, HEAD, Opened, disk_keys, open_checkpoint, write_checkpoint
 from internvl.tokens import IMAGE_TOKEN
 from internvl.zoo import CHAT
 

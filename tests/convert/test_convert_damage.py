@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from hostile import trap
 from internvl.cli import main
 from internvl.convert.files import write_weights
-from internvl.load import load_checkpoint, open_checkpoint, save_checkpoint
+from internvl.load import load_checkpoint, save_checkpoint
 from internvl.models.chat import ChatModel
+from internvl.opened import open_checkpoint
 from reference import golden
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
