@@ -1,0 +1,146 @@
+"""`pocket` in smaller number types: bytes, speed, distance from float32, answers changed on the held-out sets.
+
+    python benchmarks/quantised.py [--data data/pocket] [--limit 12] [--max-tiles 4]
+
+Distance is the KL divergence from float32 of every next-token distribution along the float32 answer, each step fed with
+the same tokens; bfloat16, float32's own rounding, is the yardstick. Answers are the greedy ones to `--limit` questions
+of each held-out set: how many differ in text from float32's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import write
+from torch import Tensor
+
+from internvl.evaluate.heldout import available, read_heldout
+from internvl.generate.engine import Engine, Request
+from internvl.generate.sampling import Sampling
+from internvl.generate.session import Chat, load
+from internvl.models import int8
+
+FORMS = ("float32", "bfloat16", "int8", "int4")
+NEW_TOKENS = 24
+SPEED_TOKENS = 96
+
+Asked = tuple[str, Path]
+
+
+def questions(data: Path, limit: int) -> list[Asked]:
+    """The first ones of each set, as the evaluation draws them."""
+    return [
+        (row.question, found.path(row.image))
+        for found in (read_heldout(data, task) for task in available(data))
+        for row in found.sample(limit)
+    ]
+
+
+def opened(form: str, max_tiles: int, probe: list[Asked]) -> Chat:
+    """The model in a form; int8 measures itself on the probe's first prompts before it stays."""
+    if form != "int8":
+        return load("pocket", dtype=form, max_tiles=max_tiles)
+    chat = load("pocket", dtype="bfloat16", max_tiles=max_tiles)
+    prompts = [chat.encoder.prompt([{"role": "user", "content": q}], [p], max_tiles=1) for q, p in probe[:16]]
+
+    def logits(model: Any) -> Tensor:
+        found = [model(p.input_ids[None], visual=chat.engine.encode(p.tiles))[0, -8:] for p in prompts]
+        return torch.stack(found)
+
+    int8.quantise(chat.model, logits)
+    # The engine reads the weights when it is made: a new one.
+    return Chat(chat.model, chat.tokenizer, max_tiles=max_tiles, stop_ids=sorted(chat.more_stop_ids))
+
+
+def job(chat: Chat, asked: Asked) -> tuple[Any, Tensor]:
+    text, picture = asked
+    prompt = chat.encoder.prompt([{"role": "user", "content": text}], [picture], max_tiles=chat.max_tiles)
+    return prompt, chat.engine.encode(prompt.tiles)
+
+
+def answer(chat: Chat, asked: Asked) -> list[int]:
+    prompt, visual = job(chat, asked)
+    sampling = Sampling(max_new_tokens=NEW_TOKENS)
+    request = Request(prompt.input_ids, visual=visual, sampling=sampling, stop_ids=chat.stop_ids)
+    return chat.engine.run([request])[0].tokens
+
+
+@torch.inference_mode()
+def distributions(chat: Chat, asked: Asked, tokens: list[int]) -> Tensor:
+    """Log-probabilities of every step along `tokens`, by the decoder that serves answers."""
+    prompt, visual = job(chat, asked)
+    decoder, length = chat.engine.decoder, len(prompt.input_ids)
+    decoder.reserve(1, length + len(tokens))
+    embedded = chat.model.embed(prompt.input_ids[None], visual=visual)[0]
+    steps = [decoder.read([embedded], [0])]
+    steps += [decoder.step(torch.tensor([token]), [length + at]) for at, token in enumerate(tokens[:-1])]
+    return torch.cat(steps).float().log_softmax(-1)
+
+
+def tokens_per_second(chat: Chat, asked: Asked, rounds: int) -> float:
+    """Steps after the first token, one answer at a time, median."""
+    prompt, visual = job(chat, asked)
+    found = []
+    for _ in range(rounds + 1):
+        request = Request(prompt.input_ids, visual=visual, sampling=Sampling(max_new_tokens=SPEED_TOKENS))
+        Engine.run(chat.engine, [request])
+        found.append((len(request.tokens) - 1) / (request.finished_at - request.first_token_at))
+    return statistics.median(found[1:])
+
+
+def language_bytes(chat: Chat, form: str) -> int:
+    """What a step reads: layers as they are stepped with, and the head."""
+    if form != "int4":
+        return sum(tensor.nbytes for tensor in chat.model.language.state_dict().values())
+    layers = sum(p.numel() for p in chat.model.language.model.model.layers.parameters())
+    return layers * 5 // 8 + chat.model.language.model.lm_head.weight.nbytes  # 4 bits, scale and minimum of 32 weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data/pocket"))
+    parser.add_argument("--limit", type=int, default=12)
+    parser.add_argument("--max-tiles", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    asked = questions(options.data, options.limit)
+    expected: list[list[int]] = []
+    truth: list[Tensor] = []
+    rows = []
+    for form in FORMS:
+        start = time.perf_counter()
+        chat = opened(form, options.max_tiles, asked)
+        answers = [answer(chat, one) for one in asked]
+        if form == "float32":
+            expected = answers
+            truth = [distributions(chat, one, tokens) for one, tokens in zip(asked, expected, strict=True) if tokens]
+        told = [(one, tokens) for one, tokens in zip(asked, expected, strict=True) if tokens]
+        found = [distributions(chat, one, tokens) for one, tokens in told]
+        pairs = list(zip(truth, found, strict=True))
+        kl = torch.cat([(right.exp() * (right - mine)).sum(-1) for right, mine in pairs])
+        same = torch.cat([right.argmax(-1) == mine.argmax(-1) for right, mine in pairs]).float()
+        rows.append(
+            {
+                "form": form,
+                "language model MB": round(language_bytes(chat, form) / 1e6),
+                "tokens/s": round(tokens_per_second(chat, asked[0], options.rounds), 1),
+                "KL to float32, nats": round(float(kl.mean()), 5),
+                "likeliest token equal": round(float(same.mean()), 4),
+                "answers changed": sum(mine != right for mine, right in zip(answers, expected, strict=True)),
+                "of": len(asked),
+                "steps": len(kl),
+                "seconds": round(time.perf_counter() - start),
+            }
+        )
+        print("  ".join(f"{key}: {value}" for key, value in rows[-1].items()), flush=True)
+    print(f"written to {write('quantised', {'rows': rows}, {'torch': torch.__version__}, options.out)}")
+
+
+if __name__ == "__main__":
+    main()
