@@ -21,9 +21,9 @@ from torch import Tensor
 
 from internvl.evaluate.heldout import available, read_heldout
 from internvl.generate.engine import Engine, Request
+from internvl.generate.opening import load
 from internvl.generate.sampling import Sampling
-from internvl.generate.session import Chat, load
-from internvl.models import int8
+from internvl.generate.session import Chat
 
 FORMS = ("float32", "bfloat16", "int8", "int4")
 NEW_TOKENS = 24
@@ -39,22 +39,6 @@ def questions(data: Path, limit: int) -> list[Asked]:
         for found in (read_heldout(data, task) for task in available(data))
         for row in found.sample(limit)
     ]
-
-
-def opened(form: str, max_tiles: int, probe: list[Asked]) -> Chat:
-    """The model in a form; int8 measures itself on the probe's first prompts before it stays."""
-    if form != "int8":
-        return load("pocket", dtype=form, max_tiles=max_tiles)
-    chat = load("pocket", dtype="bfloat16", max_tiles=max_tiles)
-    prompts = [chat.encoder.prompt([{"role": "user", "content": q}], [p], max_tiles=1) for q, p in probe[:16]]
-
-    def logits(model: Any) -> Tensor:
-        found = [model(p.input_ids[None], visual=chat.engine.encode(p.tiles))[0, -8:] for p in prompts]
-        return torch.stack(found)
-
-    int8.quantise(chat.model, logits)
-    # The engine reads the weights when it is made: a new one.
-    return Chat(chat.model, chat.tokenizer, max_tiles=max_tiles, stop_ids=sorted(chat.more_stop_ids))
 
 
 def job(chat: Chat, asked: Asked) -> tuple[Any, Tensor]:
@@ -115,7 +99,7 @@ def main() -> None:
     rows = []
     for form in FORMS:
         start = time.perf_counter()
-        chat = opened(form, options.max_tiles, asked)
+        chat = load("pocket", dtype=form, max_tiles=options.max_tiles)
         answers = [answer(chat, one) for one in asked]
         if form == "float32":
             expected = answers

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from internvl.data.templates import render
     from internvl.data.tiling import Tiling, tile
+    from internvl.generate.opening import load
     from internvl.generate.reply import Reply
-    from internvl.generate.session import Chat, load
+    from internvl.generate.session import Chat
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "load": "internvl.generate.session",
+    "load": "internvl.generate.opening",
     "Chat": "internvl.generate.session",
     "Reply": "internvl.generate.reply",
     "tile": "internvl.data.tiling",

@@ -135,9 +135,16 @@ def test_loaded_folder_answers_alike_and_gives_numbers(chat: Chat, folder: Path)
     torch.testing.assert_close(loaded.logits(ids, tiles), chat.model(ids, tiles).detach())
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int4", "auto", torch.float32])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4", "auto", torch.float32])
 def test_every_dtype_answers(folder: Path, dtype: str | torch.dtype) -> None:
     assert internvl.load(folder, dtype=dtype).chat("What?", [PICTURE], max_new_tokens=4).usage.new_tokens == 4
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_rounded_weights_that_change_answers_are_refused(folder: Path, dtype: str) -> None:
+    with pytest.raises(ValueError, match=r"limit 1e-12.*bfloat16"):
+        internvl.load(folder, dtype=dtype, max_kl=1e-12)
+    internvl.load(folder, dtype=dtype, max_kl=10.0)
 
 
 def test_saving_a_four_bit_model_saves_its_weights(folder: Path, tmp_path: Path) -> None:
@@ -180,8 +187,8 @@ def test_what_cannot_be_answered_is_named(chat: Chat, arguments: dict, said: str
 
 
 def test_wrong_names_are_named(folder: Path) -> None:
-    with pytest.raises(ValueError, match="dtype 'int8'; it is one of"):
-        internvl.load(folder, dtype="int8")
+    with pytest.raises(ValueError, match="dtype 'int3'; it is one of"):
+        internvl.load(folder, dtype="int3")
     with pytest.raises(FileNotFoundError, match="pocket"):
         internvl.load("nothing")
     with pytest.raises(FileNotFoundError, match="the hub did not give it"):  # tests are offline

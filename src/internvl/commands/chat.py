@@ -30,7 +30,7 @@ class Options:
     """Picture files, then the question."""
     model: str = "pocket"
     """A name, or the folder of a checkpoint (official or native layout)."""
-    dtype: Literal["auto", "float32", "bfloat16", "int4"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
     """int4 is the fastest on a CPU; auto is bfloat16 where the hardware computes it."""
     device: str = "cpu"
     """cpu, cuda, or auto."""
@@ -97,7 +97,7 @@ def open_model(options: Options) -> Chat:
 
     console = Console(stderr=True)
     with console.status(f"opening {options.model}"):
-        from internvl.generate.session import load
+        from internvl.generate.opening import load
 
         return load(options.model, device=options.device, dtype=options.dtype, max_tiles=options.max_tiles)
 

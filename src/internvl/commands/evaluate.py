@@ -38,7 +38,7 @@ class Evaluate:
     """Rows of each set, the same ones every time; all when left out."""
     device: Literal["cpu", "cuda"] | None = None
     """cuda where there is one, when left out."""
-    dtype: Literal["auto", "float32", "bfloat16", "int4"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
     """auto: bfloat16 where the hardware computes it, else float32."""
     max_tiles: int | None = None
     """Most tiles of a picture; the model's own number when left out."""

@@ -24,8 +24,9 @@ from internvl.data.templates import Turn, render
 from internvl.evaluate.caption_loss import answer_losses
 from internvl.evaluate.run import Question
 from internvl.generate.engine import Request
+from internvl.generate.opening import Dtype, load
 from internvl.generate.sampling import Sampling
-from internvl.generate.session import Chat, Dtype, load
+from internvl.generate.session import Chat
 from internvl.generate.text import Writer
 from internvl.tokens import IMAGE_MARK
 

@@ -1,4 +1,4 @@
-"""A model to talk to: turns and pictures in, text and boxes out. `internvl.load` lives here.
+"""A model to talk to: turns and pictures in, text and boxes out. Opening one is opening.py's.
 
 Prompts are data/encode.py's, tokens engine.py's, text text.py's.
 """
@@ -17,7 +17,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from internvl.config import ChatConfig
-from internvl.convert.files import read_json
 from internvl.data.encode import Encoder
 from internvl.data.images import Source
 from internvl.data.templates import find_template
@@ -28,12 +27,9 @@ from internvl.generate.features import FeatureCache
 from internvl.generate.reply import Message, Reply, Usage
 from internvl.generate.sampling import Sampling
 from internvl.generate.text import Writer, control_ids
-from internvl.load import load_checkpoint, save_checkpoint
-from internvl.locate import locate
+from internvl.load import save_checkpoint
 from internvl.models.chat import ChatModel
-from internvl.models.products import fast_bfloat16
 
-Dtype = Literal["auto", "float32", "bfloat16", "int4"]
 MAX_NEW_TOKENS = 512
 
 
@@ -263,46 +259,3 @@ def _write(job: Job, token: int) -> None:
     job.writer.add(token)
     if job.writer.stopped:
         job.request.cancel()
-
-
-def load(
-    name_or_folder: str | Path,
-    *,
-    device: str = "cpu",
-    dtype: Dtype | torch.dtype = "auto",
-    max_tiles: int | None = None,
-    max_rows: int = 16,
-    adapters: Sequence[str | Path] = (),
-    device_map: str | Mapping[str, str] | None = None,
-) -> Chat:
-    """Open a model by name, hub id or folder, of either layout, to chat with.
-
-    dtype "auto" is bfloat16 where the hardware computes it, else float32; "int4" keeps bfloat16 for pictures and
-    prompts and steps through 4-bit blocks of the language model's weights. device "auto" takes a GPU if there is one;
-    `device_map` "auto" spreads the model over all GPUs. `adapters` are peft folders, folded in (docs/convert.md).
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    int4 = dtype == "int4"
-    loaded = load_checkpoint(
-        name_or_folder, device=device, dtype=_dtype(dtype, device), adapters=adapters, device_map=device_map
-    )
-    stop_ids = [] if loaded.layout == "random" else _generation_stops(locate(name_or_folder))
-    return Chat(loaded.model, loaded.tokenizer, int4=int4, max_tiles=max_tiles, max_rows=max_rows, stop_ids=stop_ids)
-
-
-def _dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int4": torch.bfloat16}
-    known["auto"] = torch.bfloat16 if device != "cpu" or fast_bfloat16() else torch.float32
-    if dtype not in known:
-        raise ValueError(f"dtype {dtype!r}; it is one of {', '.join(known)}")
-    return known[dtype]
-
-
-def _generation_stops(folder: Path) -> list[int]:
-    """End-of-text ids of generation_config.json, where there is one."""
-    path = folder / "generation_config.json"
-    ends = read_json(path).get("eos_token_id") if path.is_file() else None
-    return [int(end) for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
