@@ -38,7 +38,7 @@ def _blocks(language: str) -> list[str]:
 
 def test_snippets_run(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     load = internvl.load
-    monkeypatch.setattr("internvl.generate.session.load", lambda name, **options: load(model, **options))
+    monkeypatch.setattr("internvl.generate.opening.load", lambda name, **options: load(model, **options))
     names: dict[str, object] = {}
     for snippet in _blocks("python"):
         exec(compile(snippet, "chat.md", "exec"), names)
