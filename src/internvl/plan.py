@@ -19,8 +19,9 @@ from internvl.zoo import CHAT, RELEASED
 Dtype = Literal["fp32", "bf16", "int8", "int4"]
 DTYPES: tuple[Dtype, ...] = ("fp32", "bf16", "int8", "int4")
 INT4_GROUP = 32
-"""Numbers that share a scale and a zero, both bfloat16, in 4-bit weights (models/products.py)."""
-SCALE_BYTES = 2
+"""Numbers that share a scale and a zero, both bfloat16, in 4-bit weights (models/four_bit.py)."""
+SCALE_BYTES, INT8_SCALE_BYTES = 2, 4
+"""Of int4, in bfloat16, and of int8, in float32."""
 MARKS = 2
 """`<img>` and `</img>` around the tokens of a picture."""
 TEXT_TOKENS = 1000
@@ -104,7 +105,7 @@ class Plan:
         """
         language = self.config.language
         if self.dtype == "int8":
-            return language.matrix_parameters + SCALE_BYTES * language.matrix_rows
+            return language.matrix_parameters + INT8_SCALE_BYTES * language.matrix_rows
         if self.dtype == "int4":
             return language.matrix_parameters // 2 + 2 * SCALE_BYTES * (language.matrix_parameters // INT4_GROUP)
         return language.matrix_parameters * self.number_bytes
@@ -137,13 +138,14 @@ class Plan:
     def copy_bytes(self) -> int:
         """What `internvl chat` adds on a CPU for Llama-shaped models: a copy of matrices in the form that steps read.
 
-        int4 keeps the bfloat16 matrices beside the blocks, which prompts are read with. Not part of the other sums.
+        int4 keeps the bfloat16 matrices beside the blocks, which prompts are read with; int8 has no such copy. Not part
+        of the other sums.
         """
         language = self.config.language
+        if self.dtype == "int8":
+            return 0
         matrices = language.depth * language.matrix_parameters * self.number_bytes
-        return (
-            matrices if self.dtype in ("int8", "int4") else matrices + language.embedding_parameters * self.number_bytes
-        )
+        return matrices if self.dtype == "int4" else matrices + language.embedding_parameters * self.number_bytes
 
     # pieces
 
