@@ -1,0 +1,239 @@
+"""Readers of packaged sets against small packages made here in the same formats."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from internvl.data.packaged import clipart, emojione, gcompris, openmoji, stamps
+from internvl.data.packaged.wordnet import Nouns
+from internvl.data.sheet import sheet
+
+
+def png(colour: str = "red") -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGBA", (8, 8), colour).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def put(path: Path, content: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def test_stamps_carry_captions_names_and_a_series(tmp_path: Path) -> None:
+    base = tmp_path / "usr/share/tuxpaint/stamps"
+    words = "# a comment\nA zebra.\nfr.utf8=Un zèbre.\nzh_CN.utf8=斑马。\n"
+    for name in ("animals/mammals/zebra_1.png", "animals/cartoon/zebra_2.png"):
+        put((base / name).with_suffix(".txt"), words)
+        put(base / name, png())
+    put(base / "animals/nothing.png", png())  # no text: no words to learn
+    put(base / "animals/zebra_1_mirror.png", png())
+    put(base / "symbols/coin.txt", "A coin.\n")
+    put(base / "symbols/coin.png", png())
+    found = list(stamps.read(tmp_path))
+    assert [(one.path, one.kind) for one in found] == [
+        ("animals/cartoon/zebra_2.png", "drawing"),
+        ("animals/mammals/zebra_1.png", "photo"),
+    ]
+    assert found[1].title == "A zebra."
+    assert found[1].names == {"fr": "Un zèbre", "zh": "斑马"}
+    assert found[1].keywords == ("animals", "mammals")
+    assert found[1].series == "stamps/animals/mammals/zebra"
+
+
+def emoji_names(folder: Path) -> Path:
+    put(folder / "emoji.json", json.dumps({
+        "🦊": {"en": ":fox:"}, "☀️": {"en": ":sun:"}, "➡": {"en": ":right_arrow:"}, "👩‍🚒": {"en": ":firefighter:"},
+        "🐻‍❄️": {"en": ":polar_bear:"},
+    }))  # fmt: skip
+    put(folder / "emoji_fr.json", json.dumps({"🦊": ":renard:"}))
+    put(folder / "emoji_zh.json", json.dumps({"🦊": ":狐狸:"}))
+    return folder
+
+
+def test_emoji_that_are_things_have_names(tmp_path: Path) -> None:
+    named = dict(openmoji.named(emoji_names(tmp_path)))
+    assert sorted(entry["en"] for entry in named.values()) == ["fox", "polar bear", "sun"]
+    assert named["🦊"]["fr"] == "renard"
+    assert named["🦊"]["zh"] == "狐狸"
+
+
+def test_emojione_is_found_by_code(tmp_path: Path) -> None:
+    put(tmp_path / "gem/assets/png/1F98A.png", png())
+    (fox,) = emojione.read(tmp_path / "gem", emoji_names(tmp_path / "names"))
+    assert (fox.title, fox.series, fox.names["fr"]) == ("fox", "emoji/🦊", "renard")
+
+
+def svg(title: str, *keywords: str) -> str:
+    items = "".join(f"<rdf:li>{word}</rdf:li>" for word in keywords)
+    return f"<svg><dc:title>{title}</dc:title><dc:description>d</dc:description>{items}</svg>"
+
+
+def test_clip_art_has_title_keywords_and_variants_in_one_series(tmp_path: Path) -> None:
+    for name, title in (("animals/fox_01", "Red &amp; white fox"), ("animals/fox_02", "Clipart by somebody")):
+        put(tmp_path / f"p/usr/share/openclipart/png/{name}.png", png())
+        put(tmp_path / f"s/usr/share/openclipart/svg/{name}.svg", svg(title, "Fox", "hash", "animal"))
+    put(tmp_path / "p/usr/share/openclipart/png/recreation/games/cards/ace.png", png())
+    first, second = clipart.read(tmp_path / "p", tmp_path / "s")
+    assert (first.title, first.keywords) == ("Red & white fox", ("fox", "animal"))
+    assert second.title == "fox_02"  # a title that says nothing gives way to the name of the file
+    assert first.series == second.series
+
+
+def rcc(files: dict[str, bytes], version: int = 1, packed: bool = False) -> bytes:
+    """A Qt resource file with these files in one folder each level, as Qt's rcc lays them out."""
+    tree: dict[str, object] = {}
+    for path, content in files.items():
+        at = tree
+        *folders, leaf = path.split("/")
+        for folder in folders:
+            at = at.setdefault(folder, {})  # type: ignore[assignment]
+        at[leaf] = content
+    names, data, nodes, queue = b"", b"", [], [("", tree)]
+    order: list[tuple[str, object]] = [("", tree)]
+    while queue:
+        _, node = queue.pop(0)
+        for child in sorted(node.items()):  # type: ignore[attr-defined]
+            order.append(child)
+            if isinstance(child[1], dict):
+                queue.append(child)
+    place = 1
+    for name, node in order:
+        at = len(names)
+        names += struct.pack(">HI", len(name), 0) + name.encode("utf-16-be")
+        extra = b"" if version < 2 else bytes(8)
+        if isinstance(node, dict):
+            nodes.append(struct.pack(">IHII", at, 2, len(node), place) + extra)
+            place += len(node)
+        else:
+            raw = struct.pack(">I", len(node)) + zlib.compress(node) if packed else node
+            nodes.append(struct.pack(">IHHHI", at, int(packed), 0, 0, len(data)) + extra)
+            data += struct.pack(">I", len(raw)) + raw
+    table = b"".join(nodes)
+    head = 20
+    return (
+        b"qres"
+        + struct.pack(">IIII", version, head, head + len(table), head + len(table) + len(data))
+        + table
+        + data
+        + names
+    )
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["a/b.txt", "a/c/d.webp", "e.json", "f/g", "a/h"]), st.binary(max_size=40), min_size=1
+    ),
+    st.sampled_from([1, 2]),
+    st.booleans(),
+)
+def test_qt_resources_come_back(
+    tmp_path_factory: pytest.TempPathFactory, files: dict[str, bytes], version: int, packed: bool
+) -> None:
+    root = tmp_path_factory.mktemp("rcc")
+    put(root / "usr/share/gcompris-qt/rcc/board.rcc", rcc(files, version, packed))
+    assert gcompris.resources(root, "board") == files
+
+
+def test_a_file_that_is_no_resource_file_is_named(tmp_path: Path) -> None:
+    put(tmp_path / "usr/share/gcompris-qt/rcc/board.rcc", b"PK\x03\x04" + bytes(40))
+    with pytest.raises(ValueError, match=r"board\.rcc: not a Qt resource file"):
+        gcompris.resources(tmp_path, "board")
+
+
+def test_boards_give_photos_with_title_and_text(tmp_path: Path) -> None:
+    board = (
+        'tab: [\n  {\n "image2": "qrc:/pics/tower.webp",\n "title": qsTr("Eiffel Tower"),\n'
+        ' "text": qsTr("It is \\"tall\\"" + " and of iron.")\n }\n ]'
+    )
+    empty = {"x/y.txt": b""}
+    for name in ("explore_world_animals", "explore_farm_animals"):
+        put(tmp_path / f"usr/share/gcompris-qt/rcc/{name}.rcc", rcc(empty))
+    pictures = {
+        "categorization/resource/images/tools/pliers2.webp": b"P",
+        "categorization/resource/images/numbers/1.webp": b"1",
+    }
+    put(tmp_path / "usr/share/gcompris-qt/rcc/categorization.rcc", rcc(pictures))
+    content = {
+        "words_sample.json": [{"content": [{"name": "Animals", "content": [
+            {"image": "cat.webp", "description": "cat", "voice": "voices/cat.$CA"},
+            {"image": "son.webp", "description": "son", "voice": "voices/son.$CA"},
+        ]}]}],
+        "content-fr.json": {"cat.ogg": "chat"},
+        "content-zh_CN.json": {"cat.ogg": "猫"},
+    }  # fmt: skip
+    lang = {f"{gcompris._LANG}{name}": json.dumps(value).encode() for name, value in content.items()}
+    lang |= {f"{gcompris._LANG}words_sample/{name}.webp": name.encode() for name in ("cat", "son")}
+    put(tmp_path / "usr/share/gcompris-qt/rcc/lang.rcc", rcc(lang))
+    boards = {"monuments/board1.qml": board.encode(), "pics/tower.webp": b"T"}
+    put(tmp_path / "usr/share/gcompris-qt/rcc/explore_monuments.rcc", rcc(boards))
+    found = {one.title: one for one in gcompris.read(tmp_path)}
+    assert sorted(found) == ["Eiffel Tower", "cat", "pliers"]
+    assert found["Eiffel Tower"].captions == ('It is "tall" and of iron.',)
+    assert found["Eiffel Tower"].data == b"T"
+    assert found["cat"].names == {"fr": "chat", "zh": "猫"}
+
+
+def wordnet(folder: Path) -> Nouns:
+    """Three animals in WordNet's own file format: entity <- bird <- eagle; a bar of gold is no animal."""
+    lines, places = b"", {}
+    for name, kind, words, parent in (
+        ("animal", 5, ["animal", "beast"], None), ("bird", 5, ["bird"], "animal"), ("eagle", 5, ["eagle"], "bird"),
+        ("gold", 21, ["eagle"], "animal"),
+    ):  # fmt: skip
+        places[name] = len(lines)
+        listed = " ".join(f"{word} 0" for word in words)
+        above = f"001 @ {places[parent]:08d} n 0000" if parent else "000"
+        lines += f"{places[name]:08d} {kind:02d} n {len(words):02x} {listed} {above} | meaning\n".encode()
+    put(folder / "data.noun", lines)
+    index = {"animal": ["animal"], "beast": ["animal"], "bird": ["bird"], "eagle": ["eagle", "gold"]}
+    put(folder / "index.noun", "  1 licence\n" + "".join(
+        f"{word} n {len(of)} 1 @ {len(of)} 0 {' '.join(f'{places[x]:08d}' for x in of)}\n" for word, of in index.items()
+    ))  # fmt: skip
+    put(folder / "noun.exc", "geese goose\n")
+    for part in ("verb", "adj", "adv"):
+        put(folder / f"index.{part}", "fly v 1\n")
+    return Nouns(folder)
+
+
+def test_wordnet_knows_wider_words_synonyms_and_singulars(tmp_path: Path) -> None:
+    nouns = wordnet(tmp_path)
+    eagle = nouns.depicted("eagle")
+    assert eagle is not None
+    assert nouns.wider(eagle) == ["bird", "animal", "beast"]
+    assert nouns.is_a(eagle, "bird")
+    animal = nouns.depicted("beast")
+    assert animal is not None
+    assert nouns.synonyms(animal) == ["animal", "beast"]
+    assert (nouns.base("eagles"), nouns.base("geese"), nouns.base("grass")) == ("eagle", "goose", "grass")
+    assert nouns.is_english("flying")
+    assert not nouns.is_english("xyzzy")
+
+
+def test_a_contact_sheet_shows_records_and_says_what_is_missing(tmp_path: Path) -> None:
+    put(tmp_path / "images/a.png", png())
+    turns = [
+        {"from": "human", "value": "<image>\nWhere is it?"},
+        {"from": "gpt", "value": "<ref>it</ref><box>[[100, 100, 900, 900]]</box>"},
+    ]
+    path = put(tmp_path / "set.jsonl", json.dumps({"image": "images/a.png", "conversations": turns}) + "\n\n")
+    made = np.asarray(sheet(path))
+    assert made.shape[1] == 6 * 210
+    assert (made[:, :210] != 255).any()
+    put(tmp_path / "set.jsonl", json.dumps({"image": "images/b.png", "question": "?", "answer": "!"}) + "\n")
+    with pytest.raises(ValueError, match=r"images/b.png is in none of the folders"):
+        sheet(path)
+    put(tmp_path / "set.jsonl", "\n")
+    with pytest.raises(ValueError, match="no lines to show"):
+        sheet(path)
