@@ -222,7 +222,7 @@ def test_kinetics(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none of 4 videos"):
         read_kinetics(path, tmp_path / "absent", split="val", problems=[])
     path.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="val.csv:1: no column 'label'"):
+    with pytest.raises(ValueError, match=r"val.csv:1: no column 'label'"):
         read_kinetics(path, tmp_path)
 
 
@@ -318,7 +318,9 @@ def test_damaged_tars_end_in_a_typed_error_at_most(shard: Path, data: st.DataObj
 
 def test_members_twice_and_pairs_that_are_none(tmp_path: Path) -> None:
     path = tmp_path / "twice.tar"
-    write_tar(path, [("a", {"jpg": b"1", "txt": b"x"}), ("b", {"txt": b"x"}), ("b", {"txt": b"y"}), ("c", {"txt": b""})])
+    write_tar(
+        path, [("a", {"jpg": b"1", "txt": b"x"}), ("b", {"txt": b"x"}), ("b", {"txt": b"y"}), ("c", {"txt": b""})]
+    )
     with pytest.raises(ValueError, match=r"twice.tar:b.txt: the member stands twice"):
         list(read_tar(path))
     found = list(read_tar(path, []))
@@ -371,7 +373,7 @@ def test_class_names_and_prompts(tmp_path: Path) -> None:
         class_names.read(folder, language="xx")
     with pytest.raises(ValueError, match="there are imagenet1k, own"):
         class_names.read(folder, "other", "zh")
-    with pytest.raises(ValueError, match="0 files en_classnames.json"):
+    with pytest.raises(ValueError, match=r"0 files en_classnames.json"):
         class_names.read(folder)
     with pytest.raises(ValueError, match="no list of texts"):
         class_names.read(lists(tmp_path, {"imagenet1k": [1]}, {}), language="zh")

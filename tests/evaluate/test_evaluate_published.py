@@ -50,7 +50,7 @@ def test_classification_averages() -> None:
 
 def test_a_result_beside_the_published_one() -> None:
     assert beside_published("InternVL-G", "zero-shot captioning", "COCO", "CIDEr", 1.292) == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="no published top-1 of InternVL-G.*there are none"):
+    with pytest.raises(ValueError, match=r"no published top-1 of InternVL-G.*there are none"):
         published("InternVL-G", "zero-shot classification", "ImageNet-1K", "top-1")
     with pytest.raises(ValueError, match="COCO / CIDEr"):
         published("InternVL-G", "zero-shot captioning", "COCO", "SPICE")

@@ -139,7 +139,9 @@ def test_mean_of_frames() -> None:
     frames = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 5.0]])
     found = mean_of_frames(frames, [2, 1])
     assert torch.allclose(found, unit(torch.tensor([[1.5, 0.5], [0.0, 1.0]])))
-    assert torch.allclose(mean_of_frames(frames, [2, 1], unit_frames=True)[0], torch.tensor([0.5, 0.5]).double() * 2**0.5)
+    assert torch.allclose(
+        mean_of_frames(frames, [2, 1], unit_frames=True)[0], torch.tensor([0.5, 0.5]).double() * 2**0.5
+    )
     with pytest.raises(ValueError, match="3 frames for videos of 2"):
         mean_of_frames(frames, [2])
 

@@ -59,7 +59,7 @@ def clean_caption(caption: str, max_words: int = MAX_WORDS) -> str:
 
 
 def count_long(captions: Iterable[str], num_tokens: Callable[[str], int], limit: int = MAX_TOKENS) -> int:
-    """Captions of more than `limit` tokens, whose end the model does not see. `num_tokens` counts everything it adds."""
+    """Captions of more than `limit` tokens, whose end the model does not see; `num_tokens` counts all that it adds."""
     return sum(num_tokens(caption) > limit for caption in captions)
 
 

@@ -28,7 +28,9 @@ def read_kinetics(
     Classes are the labels in alphabetical order, or `classes` in its order. Videos that are not there (many of
     YouTube's are gone) are left out and counted; the score then belongs to what is left.
     """
-    rows = [row for row in _rows(path, ("label", "youtube_id", "time_start", "time_end"), problems) if _in(row[1], split)]
+    rows = [
+        row for row in _rows(path, ("label", "youtube_id", "time_start", "time_end"), problems) if _in(row[1], split)
+    ]
     names = check_classes(sorted({row["label"] for _, row in rows}) if classes is None else classes, str(path))
     numbers = {name: number for number, name in enumerate(names)}
     items, left_out = [], 0

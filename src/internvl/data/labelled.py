@@ -63,8 +63,8 @@ def check_classes(names: Sequence[str], source: str) -> tuple[str, ...]:
     if twice:
         places = [str(number) for number, name in enumerate(stripped, 1) if name == twice[0]]
         raise ValueError(
-            f"{source}: class {twice[0]!r} stands {len(places)} times, at {', '.join(places)} ({len(twice)} such names); "
-            "two classes of one name cannot be told apart: rename or merge them"
+            f"{source}: class {twice[0]!r} stands {len(places)} times, at {', '.join(places)} "
+            f"({len(twice)} such names); two classes of one name cannot be told apart: rename or merge them"
         )
     return tuple(stripped)
 
@@ -160,8 +160,8 @@ def read_ade20k(root: str | Path, split: str = "validation") -> tuple[Masked, ..
     if lonely:
         kind = "no mask" if lonely[0] in pictures else "no picture"
         raise ValueError(
-            f"{root}, {split}: {lonely[0]!r} has {kind} ({len(lonely)} such of {len(pictures)} pictures and {len(masks)} "
-            "masks); unpack the archive again"
+            f"{root}, {split}: {lonely[0]!r} has {kind} ({len(lonely)} such of {len(pictures)} pictures and "
+            f"{len(masks)} masks); unpack the archive again"
         )
     return tuple(Masked(pictures[stem], masks[stem]) for stem in sorted(pictures))
 
@@ -178,7 +178,7 @@ def _by_stem(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:
 def read_mask(
     path: str | Path, num_classes: int = ADE_CLASSES, *, reduce_zero: bool = True, limits: Limits = DEFAULT_LIMITS
 ) -> Int64[Tensor, "height width"]:
-    """Class of every pixel, 255 where it is not scored. `reduce_zero`: 0 means not scored, class 1 becomes 0 (ADE20K)."""
+    """Class of every pixel, 255 where it is not scored. `reduce_zero` (ADE20K): 0 is not scored, class 1 becomes 0."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
             if image.width * image.height > limits.pixels:

@@ -85,7 +85,6 @@ def _members(path: Path, problems: list[Problem] | None) -> Iterator[tuple[str, 
                 content = shard.extractfile(member)
                 assert content is not None
                 yield member.name, content.read()
-                shard.members = []  # tarfile keeps every header otherwise
         yield None
     except FileNotFoundError:
         raise
@@ -100,7 +99,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _check_end(file: IO[bytes], shard: tarfile.TarFile) -> None:
-    """tarfile takes a missing end, and half a header, for the end: it stopped inside an empty block only if all is well."""
+    """tarfile takes a missing end, and half a header, for the end: all is well if it read one whole empty block."""
     if file.tell() - shard.offset != tarfile.BLOCKSIZE:
         raise tarfile.ReadError("the end marker is missing")
 
@@ -112,8 +111,8 @@ def picture_and_text(
     found = [field for field in picture_fields if field in sample.fields]
     if len(found) != 1 or text_field not in sample.fields:
         raise ValueError(
-            f"{sample.source}: fields {', '.join(sorted(sample.fields))}; a pair has one of {', '.join(picture_fields)} "
-            f"and {text_field}"
+            f"{sample.source}: fields {', '.join(sorted(sample.fields))}; a pair has one of "
+            f"{', '.join(picture_fields)} and {text_field}"
         )
     try:
         return sample.fields[found[0]], sample.fields[text_field].decode("utf-8").strip()
@@ -128,7 +127,7 @@ def read_parquet(
     rows_at_once: int = 256,
     problems: list[Problem] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a parquet file as dictionaries of these columns; pictures stored as {"bytes": ..., "path": ...} are bytes.
+    """Rows of a parquet file, these columns; {"bytes": ..., "path": ...}, as pictures are stored, is bytes.
 
     Needs `pip install 'internvl[parquet]'`. ValueError with file (and row) for damage and for a column that is not
     there; rows with an empty value are problems.

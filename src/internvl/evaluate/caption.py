@@ -78,9 +78,7 @@ def check_lengths(captions: Sequence[object], references: Sequence[Sequence[obje
 
 def grams(words: Words, longest: int = NUM_GRAMS) -> Grams:
     """How often each run of 1 to `longest` words occurs."""
-    return Counter(
-        tuple(words[i : i + size]) for size in range(1, longest + 1) for i in range(len(words) - size + 1)
-    )
+    return Counter(tuple(words[i : i + size]) for size in range(1, longest + 1) for i in range(len(words) - size + 1))
 
 
 def bleu(captions: Sequence[Words], references: Sequence[Sequence[Words]]) -> tuple[Score, Score, Score, Score]:

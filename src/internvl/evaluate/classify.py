@@ -117,9 +117,7 @@ def any_label_top1(predictions: Sequence[int], accepted: Sequence[Iterable[int]]
     Source: Beyer et al. 2020, section 3.
     """
     judged = [
-        prediction in wanted
-        for prediction, wanted in zip(predictions, map(frozenset, accepted), strict=True)
-        if wanted
+        prediction in wanted for prediction, wanted in zip(predictions, map(frozenset, accepted), strict=True) if wanted
     ]
     if not judged:
         raise ValueError(f"none of {len(predictions)} pictures has a label; check the file of labels")

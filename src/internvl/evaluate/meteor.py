@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 # METEOR 1.5, English, tuned for ranking (Denkowski and Lavie 2014, table 1); the COCO toolkit uses these.
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.20, 0.60, 0.75
 WEIGHT_EXACT, WEIGHT_STEM = 1.0, 0.6
 BEAM = 40
 """Alignments kept at each word, as in the Java program."""
-FUNCTION_WORDS = frozenset(
+_FREQUENT = (
     "a about after all also an and any are as at be because been before being but by can could did do does down for "
     "from had has have he her here him his how i if in into is it its just like may me more most my no not now of on "
     "one only or other our out over said same she should so some such than that the their them then there these they "
     "this those through to two up upon us was we were what when where which while who will with would you your "
-    "'s n't 're 've 'll 'd 'm".split()
+    "'s n't 're 've 'll 'd 'm"
 )
+FUNCTION_WORDS = frozenset(_FREQUENT.split())
 """Frequent words, which count a third of others. Ours: the program's own list is not public in text form."""
 
 Stage = tuple[float, Callable[[str], Hashable]]
@@ -98,6 +100,6 @@ def _share(words: Sequence[str], matched: Sequence[tuple[int, float]], function_
 def _chunks(pairs: Sequence[tuple[int, int, int]]) -> int:
     joined = sum(
         (there + 1, here + 1) == (next_there, next_here)
-        for (there, here, _), (next_there, next_here, _) in zip(pairs, pairs[1:], strict=False)
+        for (there, here, _), (next_there, next_here, _) in pairwise(pairs)
     )
     return len(pairs) - joined

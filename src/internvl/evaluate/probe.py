@@ -25,7 +25,7 @@ Features = Float[Tensor, "pictures *shape"]
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """How a head is trained; the defaults are the official linear probe's without its augmentation (paper, table 22)."""
+    """How a head is trained; the defaults are the official linear probe's, without augmentation (paper, table 22)."""
 
     learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
     """For 512 pictures a batch; the one best on held-back training pictures is taken. One alone: no sweep (0.1 is the
@@ -231,7 +231,7 @@ def _logistic(features: Tensor, labels: Tensor, num_classes: int, strength: floa
         value.backward()
         return value
 
-    optimiser.step(loss)  # type: ignore[arg-type]
+    optimiser.step(loss)
     head = nn.Linear(wide.shape[1], num_classes, device=wide.device, dtype=wide.dtype)
     with torch.no_grad():
         head.weight.copy_(weight / spread)

@@ -30,7 +30,8 @@ def unit(vectors: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
             f"{int(bad.sum())} of {bad.numel()} embeddings are zero or not finite, the first is row {place}; "
             "embed in float32, or look for broken pictures"
         )
-    return wide / length
+    rows: Tensor = wide / length
+    return rows
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,8 @@ class Confusion:
         """ValueError for different shapes, and for a class outside 0..num_classes - 1 that is not the ignored one."""
         if predicted.shape != truth.shape:
             raise ValueError(
-                f"a prediction of shape {tuple(predicted.shape)} for a truth of {tuple(truth.shape)}; resize the scores "
-                "to the picture before taking the best class"
+                f"a prediction of shape {tuple(predicted.shape)} for a truth of {tuple(truth.shape)}; resize the "
+                "scores to the picture before taking the best class"
             )
         said, wanted = predicted.flatten(), truth.flatten()
         for start in range(0, len(wanted), PIXELS_AT_ONCE):
@@ -92,7 +92,9 @@ class Confusion:
 def windows(length: int, crop: int, stride: int) -> list[int]:
     """Starts of the windows along one side, in pixels: `stride` apart, the last one moved back to end at the border."""
     if not 1 <= stride <= crop:
-        raise ValueError(f"stride {stride} with windows of {crop} px; it must be 1 <= stride <= crop or pixels are missed")
+        raise ValueError(
+            f"stride {stride} with windows of {crop} px; it must be 1 <= stride <= crop or pixels are missed"
+        )
     count = max(length - crop + stride - 1, 0) // stride + 1
     return [max(0, min(place * stride, length - crop)) for place in range(count)]
 

@@ -1,4 +1,4 @@
-"""Short answers: exact match, containment of a name, VQA accuracy, ANLS, relaxed accuracy. Text alone; no model, no files.
+"""Short answers: exact match, containment of a name, VQA accuracy, ANLS, relaxed accuracy. Text alone.
 
 The first half is this project's held-out sets; the second half is the protocol of the public benchmarks, whose folding
 of answers is their own.
@@ -66,11 +66,9 @@ ANLS_LEAST = 0.5
 RELAXED_SHARE = 0.05
 """A number may be off by this share of the right one (ChartQA, section 5.1)."""
 _FEW_VOTES = 3  # VQA (Antol et al. 2015), section 3: as many people make an answer fully right
-_NUMBERS = {
-    word: str(number)
-    for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
-} | {"none": "0"}
-_MARKS = ";/[]\"{}()=+\\_-><@`,?!"
+_COUNTED = "zero one two three four five six seven eight nine ten"
+_NUMBERS = {word: str(number) for number, word in enumerate(_COUNTED.split())} | {"none": "0"}
+_MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")
 _SEPARATED = re.compile(r"\d,\d")
 _CONTRACTIONS = (
@@ -86,7 +84,7 @@ _CONTRACTIONS = (
 
 def _spellings() -> dict[str, str]:
     """Contractions with apostrophes missing -> as they are written: all of one, or one of several."""
-    found = {}
+    found: dict[str, str] = {}
     for whole in _CONTRACTIONS.split():
         places = [place for place, letter in enumerate(whole) if letter == "'"]
         dropped = [whole[:place] + whole[place + 1 :] for place in places]

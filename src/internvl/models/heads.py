@@ -29,7 +29,8 @@ class LinearProbe(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, features: Float[Tensor, "pictures dim"]) -> Float[Tensor, "pictures classes"]:
-        return self.head(self.norm(features))
+        out: Tensor = self.head(self.norm(features))
+        return out
 
 
 class AttentionProbe(nn.Module):
@@ -51,10 +52,12 @@ class AttentionProbe(nn.Module):
         x = self.norm_tokens(tokens)
         query = self._heads(self.query.expand(len(x), 1, -1))
         pooled = F.scaled_dot_product_attention(query, self._heads(self.key(x)), self._heads(self.value(x)))
-        return self.probe(self.out(pooled.flatten(1)))
+        out: Tensor = self.probe(self.out(pooled.flatten(1)))
+        return out
 
     def _heads(self, x: Float[Tensor, "pictures tokens dim"]) -> Float[Tensor, "pictures heads tokens head_dim"]:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        out: Tensor = x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return out
 
 
 def probe_feature(
@@ -74,7 +77,7 @@ def feature_map(
 
 
 class LinearSegmenter(nn.Module):
-    """Batch norm and a 1 x 1 convolution on one feature map: the linear probe of segmentation, and the few-shot head."""
+    """Batch norm and a 1 x 1 convolution on one feature map: the head of the linear probe and of few-shot tuning."""
 
     def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
@@ -84,14 +87,16 @@ class LinearSegmenter(nn.Module):
     def forward(
         self, maps: Sequence[Float[Tensor, "pictures dim rows columns"]]
     ) -> Float[Tensor, "pictures classes rows columns"]:
-        return self.head(self.norm(maps[-1]))
+        out: Tensor = self.head(self.norm(maps[-1]))
+        return out
 
 
 class LayerNorm2d(nn.LayerNorm):
     """Over the channels of each place."""
 
     def forward(self, x: Float[Tensor, "pictures dim rows columns"]) -> Float[Tensor, "pictures dim rows columns"]:
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        out: Tensor = super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        return out
 
 
 class FeaturePyramid(nn.Module):
@@ -123,7 +128,7 @@ class ConvBlock(nn.Sequential):
 
 
 class UperNet(nn.Module):
-    """Pyramid pooling on the deepest map, top-down sums, all scales fused at the finest (Xiao et al. 2018, figure 4)."""
+    """Pyramid pooling on the deepest map, top-down sums, all fused at the finest scale (Xiao et al. 2018, figure 4)."""
 
     def __init__(self, dims: Sequence[int], width: int, num_classes: int, dropout: float = HEAD_DROPOUT) -> None:
         super().__init__()
@@ -148,18 +153,18 @@ class UperNet(nn.Module):
             levels[finer] = levels[finer] + resize(levels[finer + 1], levels[finer])
         smooth = [conv(x) for conv, x in zip(self.smooths, levels[:-1], strict=True)] + levels[-1:]
         fused = self.fuse(torch.cat([resize(x, smooth[0]) for x in smooth], dim=1))
-        return self.head(self.dropout(fused))
+        out: Tensor = self.head(self.dropout(fused))
+        return out
 
     def _pooled(self, x: Float[Tensor, "pictures dim rows columns"]) -> Float[Tensor, "pictures width rows columns"]:
-        return self.bottleneck(torch.cat([x, *(resize(pool(x), x) for pool in self.pools)], dim=1))
+        out: Tensor = self.bottleneck(torch.cat([x, *(resize(pool(x), x) for pool in self.pools)], dim=1))
+        return out
 
 
 class AuxiliarySegmenter(nn.Module):
-    """One 3 x 3 convolution and a classifier on one of the maps; its loss counts 0.4 (official segmentation/configs)."""
+    """A 3 x 3 convolution and a classifier on one of the maps; its loss counts 0.4 (official segmentation/configs)."""
 
-    def __init__(
-        self, dim: int, width: int, num_classes: int, index: int = 1, dropout: float = HEAD_DROPOUT
-    ) -> None:
+    def __init__(self, dim: int, width: int, num_classes: int, index: int = 1, dropout: float = HEAD_DROPOUT) -> None:
         super().__init__()
         self.index = index
         self.conv = ConvBlock(dim, width, 3)
@@ -169,7 +174,8 @@ class AuxiliarySegmenter(nn.Module):
     def forward(
         self, maps: Sequence[Float[Tensor, "pictures _ _ _"]]
     ) -> Float[Tensor, "pictures classes rows columns"]:
-        return self.head(self.dropout(self.conv(maps[self.index])))
+        out: Tensor = self.head(self.dropout(self.conv(maps[self.index])))
+        return out
 
 
 def resize(x: Float[Tensor, "pictures dim _ _"], like: Tensor) -> Float[Tensor, "pictures dim rows columns"]:
