@@ -32,12 +32,13 @@ def test_scores_equal_the_toolkit() -> None:
 
 
 def test_meteor_equals_the_java_program_where_words_match_exactly() -> None:
-    """Pictures 4 and 5 need no stems, synonyms or paraphrases; elsewhere ours may only be lower."""
+    """Pictures 1 and 3 need stems, synonyms or paraphrases: there ours may only be lower."""
     kept = json.loads(golden("metrics.json").read_text())["captions"]
     names = sorted(kept["references"])
     found = caption_scores([kept["candidates"][n][0] for n in names], [kept["references"][n] for n in names]).meteor
     theirs = kept["scores"]["meteor"]["per_image"]
-    assert found.per_picture[4:] == pytest.approx(theirs[4:], rel=1e-6)
+    for place in (0, 2, 4, 5):
+        assert found.per_picture[place] == pytest.approx(theirs[place], rel=1e-6)
     assert all(ours <= other + 1e-6 for ours, other in zip(found.per_picture, theirs, strict=True))
 
 
