@@ -25,7 +25,7 @@ def test_scores_equal_the_toolkit() -> None:
     scores = kept["scores"]
     assert [one.corpus for one in found.bleu] == pytest.approx(scores["bleu"]["corpus"], rel=1e-9)
     for one, expected in zip(found.bleu, zip(*scores["bleu"]["per_image"], strict=True), strict=True):
-        assert one.per_picture == pytest.approx(expected, rel=1e-6, abs=1e-15)
+        assert one.per_picture == pytest.approx(expected, rel=1e-9, abs=1e-18)
     for one, name in ((found.rouge_l, "rouge_l"), (found.cider_d, "cider")):
         assert one.corpus == pytest.approx(scores[name]["corpus"], rel=1e-9)
         assert one.per_picture == pytest.approx(scores[name]["per_image"], rel=1e-9)
@@ -60,6 +60,8 @@ def test_words_equal_the_toolkit() -> None:
         ("一只猫。", "一只猫 。"),
         ("¡Qué niño!", "¡ qué niño"),
         ("...", ""),
+        ("AT&T bus No. 5, rock&roll of the '90s", "at&t bus no. 5 rock & roll of the '90s"),
+        ("IT'S an O'CLOCK &amp; so DON'T", "it 's an o'clock & so do n't"),
     ],
 )
 def test_words_by_hand(text: str, expected: str) -> None:
@@ -78,6 +80,15 @@ def test_bleu_and_rouge_by_hand() -> None:
     assert rouge_l(["a", "cat", "sits"], [["a", "sits"]]) == pytest.approx(
         2.44 * precision * recall / (recall + 1.44 * precision)
     )
+
+
+def test_cider_by_hand() -> None:
+    # idf of every word is log 2. "cat" twice for once: clipped min(2, 1) x 1 / (2 x 1) of single words, nothing longer;
+    # one pair of words more than the reference
+    found = cider_d([["cat", "cat"], ["dog"]], [[["cat"]], [["dog"]]])
+    assert found.per_picture[0] == pytest.approx(10 * 0.5 / 4 * math.exp(-1 / 72))
+    assert found.per_picture[1] == pytest.approx(10 / 4)  # a sentence of one word has no longer runs to share
+    assert cider_d([["cat"]], [[["cat"]]]).corpus == 0.0  # log 1: a single picture tells nothing about rarity
 
 
 def test_meteor_by_hand() -> None:

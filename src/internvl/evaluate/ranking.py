@@ -21,7 +21,8 @@ BLOCK = 2048
 
 def unit(vectors: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
     """Rows of length 1 in float64; ValueError for a row that is zero or not finite."""
-    wide = vectors.detach().double()
+    held = vectors.detach()
+    wide = (held.cpu() if held.device.type == "mps" else held).double()  # Apple's GPUs have no float64
     length = wide.norm(dim=-1, keepdim=True)
     bad = ~(torch.isfinite(length) & (length > 0))
     if bool(bad.any()):
@@ -121,7 +122,8 @@ def rank(queries: Side, items: Side, *, block: int = BLOCK, dual_softmax: float 
     `dual_softmax`: scores are multiplied by their softmax over the queries at this scale (official MSR-VTT script: 1).
     It looks at all queries at once, so it is no retrieval of one query: off unless asked for.
     """
-    given, wanted = unit(queries.vectors), unit(items.vectors)
+    queries, items = together(queries, items)
+    given, wanted = queries.vectors, items.vectors
     missing = ~torch.isin(queries.group, items.group)
     if bool(missing.any()):
         raise ValueError(
@@ -146,6 +148,13 @@ def rank(queries: Side, items: Side, *, block: int = BLOCK, dual_softmax: float 
     return Ranks(*counts)
 
 
+def together(queries: Side, items: Side) -> tuple[Side, Side]:
+    """Both sides as unit vectors in float64 on the device of the queries."""
+    given = unit(queries.vectors)
+    wanted = unit(items.vectors).to(given.device)
+    return Side(given, queries.group.to(given.device)), Side(wanted, items.group.to(given.device))
+
+
 def _own(queries: Side, items: Side, top: int, left: int, scores: Tensor) -> Bool[Tensor, "rows columns"]:
     rows, columns = scores.shape
     return queries.group[top : top + rows, None] == items.group[None, left : left + columns]
@@ -161,6 +170,7 @@ def top_k(
     if k < 1:
         raise ValueError(f"the best {k} items: k must be at least 1")
     given, wanted = unit(queries), unit(items)
+    wanted = wanted.to(given.device)
     kept: list[tuple[Tensor, Tensor]] = []
     for top, left, scores in score_blocks(given, wanted, block):
         places = torch.arange(left, left + scores.shape[1], device=scores.device).expand_as(scores)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from internvl.evaluate.ranking import BLOCK, Ranks, Side, rank, top_k, unit
+from internvl.evaluate.ranking import BLOCK, Ranks, Side, rank, together, top_k, unit
 
 RECALL_AT = (1, 5, 10)
 
@@ -121,6 +121,7 @@ def rerank(
     """
     if pairs < 1:
         raise ValueError(f"{pairs} pairs a call; at least 1 is needed")
+    queries, items = together(queries, items)
     first = rank(queries, items, block=block)
     cosines, places = top_k(queries.vectors, items.vectors, best, block=block)
     rows = torch.arange(len(places), device=places.device)[:, None].expand_as(places)
