@@ -73,7 +73,8 @@ def feature_map(
     """Patch tokens (class token left out) as a picture."""
     if tokens.shape[1] != rows * columns:
         raise ValueError(f"{tokens.shape[1]} tokens for {rows} x {columns} patches; leave the class token out")
-    return tokens.transpose(1, 2).unflatten(2, (rows, columns))
+    out: Tensor = tokens.transpose(1, 2).unflatten(2, (rows, columns))
+    return out
 
 
 class LinearSegmenter(nn.Module):
