@@ -23,6 +23,11 @@ CHECKED = [
     "internvl.load",
     "internvl.opened",
     "internvl.convert",
+    "internvl.evaluate.ranking",
+    "internvl.evaluate.retrieve",
+    "internvl.evaluate.classify",
+    "internvl.evaluate.segment",
+    "internvl.evaluate.probe",
 ]
 install_import_hook([f"internvl.{name}" for name in CHECKED], "beartype.beartype")
 

