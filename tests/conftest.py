@@ -20,7 +20,11 @@ CHECKED = [
     "internvl.models",
     "internvl.data",
     "internvl.train.losses",
+    "internvl.train.contrast",
+    "internvl.train.alignment",
     "internvl.load",
+    "internvl.load_dual",
+    "internvl.parallel",
     "internvl.opened",
     "internvl.convert",
 ]
