@@ -2,7 +2,7 @@
 
 Cross-entropy against soft targets p is log-sum-exp minus the mean of the logits under p. The second part is linear in the
 embeddings, so a matrix is needed nowhere but in the first; that one is summed tile by tile, and again in the backward
-pass. Memory: the embeddings, their gradients, two vectors and one tile.
+pass. Memory: the embeddings, their gradients, some vectors and one tile, two where the logits are large.
 """
 
 from __future__ import annotations
@@ -45,12 +45,20 @@ def contrast(
     collectives.check_equal_rows(images)
     images, texts, scale = images.float(), texts.float(), scale.float()
     all_texts = collectives.gather(texts)
-    rows, columns = LogSumExps.apply(images, all_texts, scale, block)
+    first = collectives.rank() * len(texts)
+    rows, columns, own_logits = LogSumExps.apply(images, all_texts, scale, first, block)
     columns = own(merged(columns), len(texts))
-    image_targets, text_targets = targets(images, texts, all_texts, same, smoothing)
-    losses = rows + columns - scale * ((images * text_targets).sum(1) + (texts * image_targets).sum(1))
+    if same is None:
+        aimed = 2 * (1 - smoothing) * own_logits.double()
+    else:
+        image_means, text_means = group_means(images, texts, all_texts, same)
+        aimed = (1 - smoothing) * scale * paired(images, text_means, texts, image_means)
+    if smoothing:
+        everywhere = collectives.gather(images).mean(0), all_texts.mean(0)
+        aimed = aimed + smoothing * scale * paired(images, everywhere[1], texts, everywhere[0])
+    losses = rows + columns - aimed
     weights = losses.new_ones(len(losses)) if valid is None else valid.to(losses.dtype)
-    return (losses * weights).sum() / 2 * share(weights.sum())
+    return ((losses * weights).sum() / 2 * share(weights.sum())).float()
 
 
 def share(count: Tensor) -> Tensor:
@@ -68,22 +76,18 @@ def check(images: Tensor, texts: Tensor, smoothing: float, block: int) -> None:
         raise ValueError(f"label smoothing {smoothing} must be in [0, 1), block {block} 1 or more")
 
 
-def targets(
-    images: Tensor, texts: Tensor, all_texts: Tensor, same: Tensor | None, smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """Mean embedding under the targets of each pair: of images for its text, of texts for its image."""
-    if same is None and not smoothing:
-        return images, texts
-    all_images = collectives.gather(images)
-    if same is None:
-        own_images, own_texts = images, texts
-    else:
-        numbers, group = collectives.gather(same).unique(return_inverse=True)
-        mine = own(group, len(images))
-        own_images, own_texts = (means(x, group, len(numbers))[mine] for x in (all_images, all_texts))
+def paired(images: Tensor, of_texts: Tensor, texts: Tensor, of_images: Tensor) -> Float[Tensor, " pairs"]:
+    """Products of each picture and each text with the mean of what it should find, in float64."""
+    return ((images * of_texts).sum(1) + (texts * of_images).sum(1)).double()
+
+
+def group_means(images: Tensor, texts: Tensor, all_texts: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+    """For each pair of this rank the mean image and the mean text of its picture, over all ranks."""
+    numbers, group = collectives.gather(same).unique(return_inverse=True)
+    mine = own(group, len(images))
     return (
-        torch.lerp(own_images, all_images.mean(0).expand_as(images), smoothing),
-        torch.lerp(own_texts, all_texts.mean(0).expand_as(texts), smoothing),
+        means(collectives.gather(images), group, len(numbers))[mine],
+        means(all_texts, group, len(numbers))[mine],
     )
 
 
@@ -106,7 +110,11 @@ def own(x: Tensor, rows: int) -> Tensor:
 
 
 class LogSumExps(torch.autograd.Function):
-    """log sum exp(scale * a b') over the columns for each row, and over the rows for each column."""
+    """log sum exp(scale * a b') over the columns for each row, and over the rows for each column, in float64; and the
+    logits of row n with column `first + n`. Taken from the tiles, they cancel exactly against the sums.
+
+    Tiles are float32. Vectors are float64, because a loss is the small difference of two large numbers.
+    """
 
     @staticmethod
     def forward(
@@ -114,34 +122,50 @@ class LogSumExps(torch.autograd.Function):
         a: Float[Tensor, "rows embed"],
         b: Float[Tensor, "columns embed"],
         scale: Float[Tensor, ""],
+        first: int,
         block: int,
-    ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " columns"]]:
+    ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " columns"], Float[Tensor, " rows"]]:
         bound = scale.abs() * a.norm(dim=1).max() * b.norm(dim=1).max()
-        ctx.bare, ctx.block = bool(bound <= MAX_BARE_EXPONENT), block
-        rows, columns = (bare_sums if ctx.bare else shifted_sums)(a, b, scale, block)
+        if bool(bound <= MAX_BARE_EXPONENT):
+            tops = None
+        else:
+            tops = _maxima(a, b, scale, block)
+        sums, column_sums = a.new_zeros(len(a), dtype=torch.float64), b.new_zeros(len(b), dtype=torch.float64)
+        own = a.new_empty(len(a))
+        for i, j, logits in tiles(a, b, scale, block):
+            places, found = _diagonal(logits, i, i.start + first - j.start)
+            own[places] = found
+            shares, column_shares = _exponentials(logits, i, j, tops)
+            sums[i] += shares.sum(1)
+            column_sums[j] += column_shares.sum(0)
+        rows, columns = sums.log_(), column_sums.log_()
+        if tops is not None:
+            rows, columns = rows + tops[0], columns + tops[1]
+        ctx.first, ctx.block, ctx.tops = first, block, tops
         ctx.save_for_backward(a, b, scale, rows, columns)
-        return rows, columns
+        return rows, columns, own
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of a logit is its share of its row's sum and of its column's, each times their gradient."""
         a, b, scale, rows, columns = ctx.saved_tensors
         with torch.no_grad():  # the tiles are made anew; a second derivative is not defined
             grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
-            if ctx.bare:
-                grad_rows, grad_columns = grads[0] * (-rows).exp(), grads[1] * (-columns).exp()
-            else:
-                grad_rows, grad_columns = grads
+            top, column_top = ctx.tops or (0.0, 0.0)
+            of_row = (grads[0] * (top - rows).exp()).float()
+            of_column = (grads[1] * (column_top - columns).exp()).float()
             for i, j, logits in tiles(a, b, scale, ctx.block):
-                if ctx.bare:
-                    grad = logits.exp_().mul_(grad_rows[i, None] + grad_columns[j])
+                shares, column_shares = _exponentials(logits, i, j, ctx.tops)
+                if shares is column_shares:
+                    grad = shares.mul_(of_row[i, None] + of_column[j])
                 else:
-                    grad = (logits - rows[i, None]).exp_().mul_(grad_rows[i, None])
-                    grad += logits.sub_(columns[j]).exp_().mul_(grad_columns[j])
+                    grad = shares.mul_(of_row[i, None]).add_(column_shares.mul_(of_column[j]))
+                places, found = _diagonal(grad, i, i.start + ctx.first - j.start)
+                found += grads[2][places]
                 grad_a[i].addmm_(grad, b[j])
                 grad_b[j].addmm_(grad.T, a[i])
             grad_scale = (a * grad_a).sum()
-            return grad_a.mul_(scale), grad_b.mul_(scale), grad_scale, None
+            return grad_a.mul_(scale), grad_b.mul_(scale), grad_scale, None, None
 
 
 def tiles(a: Tensor, b: Tensor, scale: Tensor, block: int) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -156,20 +180,25 @@ def tiles(a: Tensor, b: Tensor, scale: Tensor, block: int) -> Iterator[tuple[sli
             yield slice(top, top + len(part)), slice(left, left + len(other)), logits
 
 
-def bare_sums(a: Tensor, b: Tensor, scale: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """One exponential a logit serves its row and its column."""
-    rows, columns = a.new_zeros(len(a)), b.new_zeros(len(b))
-    for i, j, logits in tiles(a, b, scale, block):
-        logits.exp_()
-        rows[i] += logits.sum(1)
-        columns[j] += logits.sum(0)
-    return rows.log_(), columns.log_()
-
-
-def shifted_sums(a: Tensor, b: Tensor, scale: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Running log-sum-exp, safe for logits of any size."""
+def _maxima(a: Tensor, b: Tensor, scale: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Largest logit of each row and of each column."""
     rows, columns = a.new_full((len(a),), -torch.inf), b.new_full((len(b),), -torch.inf)
     for i, j, logits in tiles(a, b, scale, block):
-        rows[i] = torch.logaddexp(rows[i], logits.logsumexp(1))
-        columns[j] = torch.logaddexp(columns[j], logits.logsumexp(0))
+        rows[i] = rows[i].maximum(logits.amax(1))
+        columns[j] = columns[j].maximum(logits.amax(0))
     return rows, columns
+
+
+def _exponentials(logits: Tensor, i: slice, j: slice, tops: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Of a tile, over the maxima of its rows and of its columns; one tensor for both where no maximum is needed."""
+    if tops is None:
+        logits.exp_()
+        return logits, logits
+    return (logits - tops[0][i, None]).exp_(), logits.sub_(tops[1][j]).exp_()
+
+
+def _diagonal(tile: Tensor, i: slice, offset: int) -> tuple[slice, Tensor]:
+    """Rows of a tile whose own column, `offset` further right, is in it, and a view of those places."""
+    found = tile.diagonal(offset) if -len(tile) < offset < tile.shape[1] else tile.new_empty(0)
+    start = i.start + max(-offset, 0)
+    return slice(start, start + len(found)), found
