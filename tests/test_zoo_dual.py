@@ -107,6 +107,6 @@ def test_impossible_sizes_say_what_to_do() -> None:
         replace(tiny, image_size=50)
     with pytest.raises(ValueError, match="0 queries, cross-attention every 2 layers; both must be 1 or more"):
         replace(tiny, num_queries=0)
-    with pytest.raises(ValueError, match="QLLaMA extends a plain LLaMA: family 'llama'.*set: attention_bias"):
+    with pytest.raises(ValueError, match=r"QLLaMA extends a plain LLaMA: family 'llama'.*set: attention_bias"):
         replace(tiny, language=LanguageConfig("llama", {**settings, "attention_bias": True}))
     assert replace(tiny, language=LanguageConfig("llama", {**settings, "rope_theta": 5e5})).rope_base == 5e5

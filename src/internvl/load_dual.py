@@ -140,7 +140,9 @@ def carry_over(source: DualModel, target: DualModel) -> list[str]:
     mine, theirs = target.state_dict(), source.state_dict()
     wrong = [key for key, x in theirs.items() if key not in mine or mine[key].shape != x.shape]
     if wrong:
-        raise ValueError(f"{len(wrong)} weights have no place of their shape: {', '.join(wrong[:5])}; same sizes needed")
+        raise ValueError(
+            f"{len(wrong)} weights have no place of their shape: {', '.join(wrong[:5])}; same sizes needed"
+        )
     target.load_state_dict(theirs, strict=False)
     return sorted(mine.keys() - theirs.keys())
 
@@ -174,7 +176,9 @@ def _load(
     state = _tensors([e for e in entries if e.disk[0] in found], weights, dtype, device)
     if config.generative and config.language.tied:
         if HEAD in state and not torch.equal(state[HEAD], state[EMBEDDING]):
-            raise ValueError(f"{where}: tie_word_embeddings is true but {head[0]} differs from the embedding; set false")
+            raise ValueError(
+                f"{where}: tie_word_embeddings is true but {head[0]} differs from the embedding; set false"
+            )
         state[HEAD] = state[EMBEDDING]
     model.load_state_dict(state, assign=True)
     tie(model)

@@ -134,7 +134,7 @@ def test_bin_shards_open_when_asked(model: DualModel, folder: Path) -> None:
     for shard in set(places.values()):
         torch.save({key: state[key] for key in names if places[key] == shard}, folder / shard)
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
-    with pytest.raises(ValueError, match="holds pytorch_model-1.bin.*are refused"):
+    with pytest.raises(ValueError, match=r"holds pytorch_model-1\.bin.*are refused"):
         load_dual(folder)
     equal(load_dual(folder, allow_pickle=True).model.state_dict(), model.state_dict())
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"x": "../x.bin"}}))
@@ -151,7 +151,7 @@ def test_pickles_never_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "x.pth"
     torch.save({"module": {"cls_token": Trap()}}, path)
-    with pytest.raises(ValueError, match="not plain tensors that torch reads with weights_only.*nothing of it was run"):
+    with pytest.raises(ValueError, match=r"not plain tensors that torch reads with weights_only.*nothing of it was run"):
         open_pickled(path)
     assert not (tmp_path / "sprung").exists()
     cases = {
@@ -211,7 +211,9 @@ def test_original_files_are_strict(model: DualModel, tmp_path: Path) -> None:
     path = tmp_path / "c.pth"
     save_original(model, path)
     content = torch.load(path, weights_only=True)["module"]
-    torch.save({**content, "transformer.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}, path)  # flat, without the outer key
+    torch.save(
+        {**content, "transformer.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}, path
+    )  # flat, without the outer key
     load_original(path, TINY)
     torch.save({**content, "extra": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="keys that the model does not use: extra"):

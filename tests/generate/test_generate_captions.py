@@ -104,9 +104,7 @@ def test_wide_beams_find_the_likeliest_caption() -> None:
         states = model.qllama.both(features, ids, mask, "itg", torch.zeros(len(ids), dtype=torch.long))
         logs = model.qllama.head(states[:, -2:]).log_softmax(-1)
     words = [a for a in range(12) if a != end]
-    totals = {
-        (a, b): float(logs[n, 0, a] + logs[n, 1, b]) for (n, a), b in itertools.product(enumerate(words), words)
-    }
+    totals = {(a, b): float(logs[n, 0, a] + logs[n, 1, b]) for (n, a), b in itertools.product(enumerate(words), words)}
     best = max(totals, key=lambda key: totals[key])
     assert caption(model, pixels, prompt, end, search) == [list(best)]
     assert math.isfinite(totals[best])

@@ -211,5 +211,7 @@ def test_two_ranks_equal_one(two_ranks: list[Any], case: int) -> None:
 
 
 def test_unequal_ranks_say_what_to_do(two_ranks: list[Any]) -> None:
-    assert all(message == "ranks bring [3, 4] rows; they must be equal: drop the last, smaller batch"
-               for _, message in two_ranks)
+    assert all(
+        message == "ranks bring [3, 4] rows; they must be equal: drop the last, smaller batch"
+        for _, message in two_ranks
+    )

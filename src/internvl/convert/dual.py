@@ -50,7 +50,10 @@ CROSS_EVERY = "cross_attention_frequency"
 GENERATIVE = "internvl_generative"
 """Our one field more: false in a folder of InternVL-C alone, which the official layout does not know."""
 
-DERIVED_KEYS = ("qllama.model.layers.*.self_attn.rotary_emb.inv_freq", "transformer.layers.*.self_attn.rotary_emb.inv_freq")
+DERIVED_KEYS = (
+    "qllama.model.layers.*.self_attn.rotary_emb.inv_freq",
+    "transformer.layers.*.self_attn.rotary_emb.inv_freq",
+)
 """Computed from the config; ignored where a file has them."""
 
 

@@ -100,9 +100,7 @@ class _Finished:
         self.done |= full and self.captions[-1][0] >= best_open / length**self.search.length_penalty
 
 
-def _beam_search(
-    model: DualModel, cache: Cache, logits: Tensor, end_id: int, search: CaptionSearch
-) -> list[list[int]]:
+def _beam_search(model: DualModel, cache: Cache, logits: Tensor, end_id: int, search: CaptionSearch) -> list[list[int]]:
     """transformers' beam search without sampling and early stopping: the official protocol runs that one."""
     num_images, num_beams, device = len(logits), search.beams, logits.device
     cache.pairs = cache.pick(torch.arange(num_images, device=device).repeat_interleave(num_beams)).pairs

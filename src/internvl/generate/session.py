@@ -1,4 +1,4 @@
-"""A model to talk to: turns and pictures in, text and boxes out. `internvl.load` lives here.
+"""A model to talk to: turns and pictures in, text and boxes out. `internvl.load` (opening.py) opens it.
 
 Prompts are data/encode.py's, tokens engine.py's, text text.py's.
 """
@@ -285,13 +285,14 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     int4 = dtype == "int4"
     loaded = load_checkpoint(
-        name_or_folder, device=device, dtype=_dtype(dtype, device), adapters=adapters, device_map=device_map
+        name_or_folder, device=device, dtype=dtype_of(dtype, device), adapters=adapters, device_map=device_map
     )
     stop_ids = [] if loaded.layout == "random" else _generation_stops(locate(name_or_folder))
     return Chat(loaded.model, loaded.tokenizer, int4=int4, max_tiles=max_tiles, max_rows=max_rows, stop_ids=stop_ids)
 
 
-def _dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
+def dtype_of(dtype: str | torch.dtype, device: str) -> torch.dtype:
+    """A number type by name; "auto" as in `load`."""
     if isinstance(dtype, torch.dtype):
         return dtype
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int4": torch.bfloat16}

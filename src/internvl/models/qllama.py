@@ -269,9 +269,7 @@ class QLLaMA(nn.Module):
         """Queries and text in one pass, under the mask of a task."""
         queries = self._queries(len(input_ids))
         x = torch.cat([queries, self.embed_tokens(input_ids)], dim=1)
-        out: Tensor = self(
-            x, visible(task, text_mask, queries.shape[1]), features=features, image_of_row=image_of_row
-        )
+        out: Tensor = self(x, visible(task, text_mask, queries.shape[1]), features=features, image_of_row=image_of_row)
         return out
 
     def _queries(self, rows: int) -> Tensor:

@@ -84,9 +84,7 @@ def alignment_losses(
     images = model.pool_queries(model.qllama.look(features, seen))
     texts = model.encode_text(batch.contrast.ids, batch.contrast.mask)
     scale, valid = model.logit_scale.exp(), batch.contrast.longer_than(EMPTY_CONTRAST)
-    itc = contrast(
-        images, texts, scale, valid=valid, same=batch.same, smoothing=model.config.label_smoothing
-    )
+    itc = contrast(images, texts, scale, valid=valid, same=batch.same, smoothing=model.config.label_smoothing)
     if negatives == "hard":
         usable = batch.match.longer_than(EMPTY_MATCH)
         logits = (scale * images @ texts.T).detach().float()

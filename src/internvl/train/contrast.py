@@ -58,7 +58,8 @@ def contrast(
         aimed = aimed + smoothing * scale * paired(images, everywhere[1], texts, everywhere[0])
     losses = rows + columns - aimed
     weights = losses.new_ones(len(losses)) if valid is None else valid.to(losses.dtype)
-    return ((losses * weights).sum() / 2 * share(weights.sum())).float()
+    mean: Tensor = (losses * weights).sum() / 2 * share(weights.sum())
+    return mean.float()
 
 
 def share(count: Tensor) -> Tensor:

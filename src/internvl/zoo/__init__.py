@@ -6,5 +6,14 @@ from internvl.zoo.released import RELEASED, VISION, Release
 from internvl.zoo.small import CHAT, VIT_POCKET, VIT_TINY, VIT_TINY_6B
 
 __all__ = [
-    *("CHAT", "DUAL", "LANGUAGES", "RELEASED", "VISION", "VIT_POCKET", "VIT_TINY", "VIT_TINY_6B", "Base", "Release"),
+    "CHAT",
+    "DUAL",
+    "LANGUAGES",
+    "RELEASED",
+    "VISION",
+    "VIT_POCKET",
+    "VIT_TINY",
+    "VIT_TINY_6B",
+    "Base",
+    "Release",
 ]
