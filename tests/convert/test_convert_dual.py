@@ -151,7 +151,9 @@ def test_pickles_never_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "x.pth"
     torch.save({"module": {"cls_token": Trap()}}, path)
-    with pytest.raises(ValueError, match=r"not plain tensors that torch reads with weights_only.*nothing of it was run"):
+    with pytest.raises(
+        ValueError, match=r"not plain tensors that torch reads with weights_only.*nothing of it was run"
+    ):
         open_pickled(path)
     assert not (tmp_path / "sprung").exists()
     cases = {

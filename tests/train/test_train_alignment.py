@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch.testing import assert_close
 
 from internvl.convert import dual
@@ -210,3 +214,42 @@ def test_missing_negatives_say_what_to_do() -> None:
     with pytest.raises(ValueError, match="negatives 'soft'; they are 'given' or 'hard'"):
         alignment_losses(model, batch, negatives="soft")  # type: ignore[arg-type]
     assert DUAL["tiny-dual"].label_smoothing == 0.0
+
+
+# two processes
+
+
+def rows_of(batch: AlignmentBatch, index: torch.Tensor) -> AlignmentBatch:
+    texts = {name: getattr(batch, name).rows(index) for name in ("contrast", "match", "caption", "negatives")}
+    return replace(batch, pixel_values=batch.pixel_values[index], labels=batch.labels[index], **texts)
+
+
+def losses_and_gradients(batch: AlignmentBatch) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    model = tiny_dual()
+    losses = alignment_losses(model, batch)
+    sum(losses.values()).backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: loss.detach() for name, loss in losses.items()}, grads
+
+
+def _on_rank(rank: int, ranks: int, folder: str) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    found = losses_and_gradients(rows_of(tiny_align_batch(8), torch.arange(4) + 4 * rank))
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    """The mean over ranks of losses and of gradients, as data-parallel training takes it, though ranks have different
+    numbers of empty texts and of caption tokens."""
+    mp.start_processes(_on_rank, (2, str(tmp_path)), nprocs=2, start_method="spawn")
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    order = torch.tensor([0, 1, 4, 5, 2, 3, 6, 7])  # the first half of each rank is matched with foreign texts
+    one = losses_and_gradients(rows_of(tiny_align_batch(8), order))
+    for part_of in (0, 1):
+        assert ranks[0][part_of].keys() == one[part_of].keys()
+        for name, expected in one[part_of].items():
+            joint = (ranks[0][part_of][name] + ranks[1][part_of][name]) / 2
+            assert_close(joint, expected, rtol=1e-4, atol=1e-6 + 1e-5 * float(expected.abs().max()), msg=name)
