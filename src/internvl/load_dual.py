@@ -121,7 +121,7 @@ def save_dual(model: DualModel, tokenizer: Any, out: str | Path) -> None:
 
 
 def save_original(model: DualModel, path: str | Path) -> None:
-    """Write InternVL-C under the original names, as `{"module": ...}`; of InternVL-G only its C part has names there."""
+    """Write InternVL-C under the original names, as `{"module": ...}`; of InternVL-G only the C part has names."""
     state = model.state_dict()
     with torch.device("meta"):
         wanted = DualModel(replace(model.config, generative=False)).state_dict()

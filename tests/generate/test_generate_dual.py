@@ -104,6 +104,8 @@ def test_bad_input_says_what_to_do(dual: Dual, tmp_path: Path) -> None:
         internvl.load("tiny-dual").encode_text("a")
     with pytest.raises(ValueError, match="dtype 'int4' is for chat models"):
         Dual.open("tiny-dual", dtype="int4")
+    with pytest.raises(FileNotFoundError, match=r"about 27\.7 GB in bfloat16\) are not here"):
+        internvl.load("InternVL-14B-224px")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
     with pytest.raises(ValueError, match="not a picture that Pillow can read"):
         dual.encode_image(tmp_path / "broken.png")

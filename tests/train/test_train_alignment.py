@@ -183,6 +183,13 @@ def test_hard_negatives_spare_other_captions_of_one_picture_and_empty_texts() ->
     assert hard(torch.zeros(1, 1)).labels.tolist() == [1, -100, -100]
 
 
+def test_texts_that_read_the_same_are_no_negatives() -> None:
+    texts = Texts(torch.tensor([[5], [5], [6]]), torch.ones(3, 1, dtype=torch.long))
+    rows = hard_rows(texts, torch.zeros(3, 3), torch.ones(3).bool(), None, torch.Generator().manual_seed(0))
+    assert rows.texts.ids[6:8, 0].tolist() == [6, 6]
+    assert rows.image_of_row[3:5].tolist() == [2, 2]
+
+
 def test_hard_matching_learns_both_kinds() -> None:
     model, batch = tiny_dual(), tiny_align_batch()
     losses = [

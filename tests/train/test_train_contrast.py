@@ -137,6 +137,18 @@ def test_temperature_learns() -> None:
     assert float(log_scale.grad) == pytest.approx((up - down) / (2 * step), rel=1e-2)
 
 
+def test_autocast_and_frozen_texts_change_nothing() -> None:
+    images, texts = unit_pairs(40)
+    expected = values_and_gradients(contrast, images, texts, 14.3, block=16)
+    inputs = images.clone().requires_grad_(), texts, torch.tensor(14.3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = contrast(*inputs, block=16)
+        loss.backward()
+    assert torch.equal(loss, expected[0])
+    assert torch.equal(inputs[0].grad, expected[1])
+    assert torch.equal(inputs[2].grad, expected[3])
+
+
 def test_all_pairs_empty_is_nothing() -> None:
     images, texts = unit_pairs(4)
     loss, *grads = values_and_gradients(contrast, images, texts, 10.0, valid=torch.zeros(4, dtype=torch.bool))

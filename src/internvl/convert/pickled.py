@@ -1,4 +1,4 @@
-"""Weights in `.pth` and `.bin` files: read with torch's restricted unpickler alone, which builds tensors and nothing else.
+"""Weights in `.pth` and `.bin` files, read by torch's restricted unpickler: it builds tensors and nothing else.
 
 Asked for by name only: `files.py` refuses such files in a folder, since safetensors cannot carry code at all.
 """

@@ -138,7 +138,7 @@ def _advance(
     totals: Tensor,
     finished: list[_Finished],
 ) -> tuple[list[int], list[int]]:
-    """Continue the best beams of every picture in place; the rows of the cache that they come from, and their tokens."""
+    """Continue the best beams of every picture in place; the rows of the cache they come from, and their tokens."""
     num_beams = totals.shape[1]
     rows: list[int] = []
     tokens: list[int] = []

@@ -102,6 +102,7 @@ class SelfAttention(nn.Module):
         x: Float[Tensor, "rows length width"],
         angles: Float[Tensor, "length head_width"],
         mask: Bool[Tensor, "rows_or_1 1 length keys"] | None,
+        causal: bool,
         past: Pair | None,
     ) -> tuple[Float[Tensor, "rows length width"], Pair]:
         """Output, and keys and values of all positions, those of the past first."""
@@ -112,7 +113,7 @@ class SelfAttention(nn.Module):
         q, k = rotate(q, angles), rotate(k, angles)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        out: Tensor = self.o_proj(attend(q, k, v, causal=mask is None, mask=mask).transpose(1, 2).flatten(2))
+        out: Tensor = self.o_proj(attend(q, k, v, causal=causal, mask=mask).transpose(1, 2).flatten(2))
         return out, (k, v)
 
 
@@ -180,11 +181,12 @@ class Layer(nn.Module):
         x: Float[Tensor, "rows length width"],
         angles: Float[Tensor, "length head_width"],
         mask: Bool[Tensor, "rows_or_1 1 length keys"] | None,
+        causal: bool,
         features: Float[Tensor, "images positions dim"] | None,
         image_of_row: Int[Tensor, " rows"] | None,
         past: Pair | None,
     ) -> tuple[Float[Tensor, "rows length width"], Pair]:
-        attended, pair = self.attention(self.attention_norm(x), angles, mask, past)
+        attended, pair = self.attention(self.attention_norm(x), angles, mask, causal, past)
         x = x + attended
         if self.cross is not None and features is not None:
             queries, text = x[:, : self.num_queries], x[:, self.num_queries :]
@@ -213,11 +215,12 @@ class QLLaMA(nn.Module):
         x: Float[Tensor, "rows length width"],
         mask: Bool[Tensor, "rows_or_1 1 length keys"] | None = None,
         *,
+        causal: bool = True,
         features: Float[Tensor, "images positions dim"] | None = None,
         image_of_row: Int[Tensor, " rows"] | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "rows length width"]:
-        """`mask` None is causal. With `features` the first positions are the queries; row n looks at image
+        """Without a `mask` causal, or not. With `features` the first positions are the queries; row n looks at image
         `image_of_row[n]` (by default at its own). A cache is extended in place, and its positions come before x.
         """
         before = cache.length if cache is not None else 0
@@ -227,7 +230,7 @@ class QLLaMA(nn.Module):
         pasts = cache.pairs if cache is not None and cache.pairs else [None] * len(self.layers)
         pairs = []
         for layer, past in zip(self.layers, pasts, strict=True):
-            given = (x, angles, mask, features, image_of_row, past)
+            given = (x, angles, mask, causal and mask is None, features, image_of_row, past)
             x, pair = checkpoint(layer, *given, use_reentrant=False) if recompute else layer(*given)
             pairs.append(pair)
         if cache is not None:
@@ -239,9 +242,7 @@ class QLLaMA(nn.Module):
         self, features: Float[Tensor, "images positions dim"], cache: Cache | None = None
     ) -> Float[Tensor, "images queries width"]:
         """States of the queries of each picture. They see no text in contrast and in captions, so these are theirs."""
-        queries = self._queries(len(features))
-        mask = torch.ones(1, 1, queries.shape[1], queries.shape[1], dtype=torch.bool, device=queries.device)
-        out: Tensor = self(queries, mask, features=features, cache=cache)
+        out: Tensor = self(self._queries(len(features)), causal=False, features=features, cache=cache)
         return out
 
     def read(

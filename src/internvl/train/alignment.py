@@ -128,12 +128,13 @@ def hard_rows(
     """Each pair as it is; its text with a foreign picture; its picture with a foreign text (LAVIS blip2_qformer.py).
 
     Foreign ones are drawn within this rank's batch with the probability that the contrastive logits give them. A pair
-    without a possible negative, or with an empty text, is left out.
+    without a possible negative, or with an empty text, is left out; a text that reads the same is no negative.
     """
     num_pairs = len(logits)
     own = torch.arange(num_pairs, device=logits.device)
     numbers = own if same is None else same
-    allowed = (numbers[:, None] != numbers) & usable[:, None] & usable
+    different = (texts.ids[:, None] != texts.ids).any(-1)
+    allowed = (numbers[:, None] != numbers) & different & usable[:, None] & usable
     some = allowed.any(1)
     image_of_text = draw(logits.T, allowed, generator)
     text_of_image = draw(logits, allowed, generator)
@@ -147,7 +148,9 @@ def draw(logits: Tensor, allowed: Tensor, generator: torch.Generator | None) -> 
     """One allowed column for each row, by softmax; column 0 where none is allowed."""
     nothing = ~allowed.any(1, keepdim=True)
     chances = logits.masked_fill(~allowed & ~nothing, -torch.inf).softmax(-1)
-    drawn = torch.multinomial(chances, 1, generator=generator)[:, 0]
+    if generator is not None:
+        chances = chances.to(generator.device)
+    drawn = torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
     return drawn.masked_fill(nothing[:, 0], 0)
 
 

@@ -1,8 +1,8 @@
 """The contrastive loss without its B x B matrix, on one process and across ranks (CLIP, section 2.3).
 
-Cross-entropy against soft targets p is log-sum-exp minus the mean of the logits under p. The second part is linear in the
-embeddings, so a matrix is needed nowhere but in the first; that one is summed tile by tile, and again in the backward
-pass. Memory: the embeddings, their gradients, some vectors and one tile, two where the logits are large.
+Cross-entropy against soft targets p is log-sum-exp minus the mean of the logits under p. The second part is linear in
+the embeddings, so a matrix is needed nowhere but in the first; that one is summed tile by tile, and again in the
+backward pass. Memory: the embeddings, their gradients, some vectors and one tile, two where the logits are large.
 """
 
 from __future__ import annotations
@@ -43,23 +43,24 @@ def contrast(
     """
     check(images, texts, smoothing, block)
     collectives.check_equal_rows(images)
-    images, texts, scale = images.float(), texts.float(), scale.float()
-    all_texts = collectives.gather(texts)
-    first = collectives.rank() * len(texts)
-    rows, columns, own_logits = LogSumExps.apply(images, all_texts, scale, first, block)
-    columns = own(merged(columns), len(texts))
-    if same is None:
-        aimed = 2 * (1 - smoothing) * own_logits.double()
-    else:
-        image_means, text_means = group_means(images, texts, all_texts, same)
-        aimed = (1 - smoothing) * scale * paired(images, text_means, texts, image_means)
-    if smoothing:
-        everywhere = collectives.gather(images).mean(0), all_texts.mean(0)
-        aimed = aimed + smoothing * scale * paired(images, everywhere[1], texts, everywhere[0])
-    losses = rows + columns - aimed
-    weights = losses.new_ones(len(losses)) if valid is None else valid.to(losses.dtype)
-    mean: Tensor = (losses * weights).sum() / 2 * share(weights.sum())
-    return mean.float()
+    with torch.autocast(images.device.type, enabled=False):  # its bfloat16 would be all of a small loss
+        images, texts, scale = images.float(), texts.float(), scale.float()
+        all_texts = collectives.gather(texts)
+        first = collectives.rank() * len(texts)
+        rows, columns, own_logits = LogSumExps.apply(images, all_texts, scale, first, block)
+        columns = own(merged(columns), len(texts))
+        if same is None:
+            aimed = 2 * (1 - smoothing) * own_logits.double()
+        else:
+            image_means, text_means = group_means(images, texts, all_texts, same)
+            aimed = (1 - smoothing) * scale * paired(images, text_means, texts, image_means)
+        if smoothing:
+            everywhere = collectives.gather(images).mean(0), all_texts.mean(0)
+            aimed = aimed + smoothing * scale * paired(images, everywhere[1], texts, everywhere[0])
+        losses = rows + columns - aimed
+        weights = losses.new_ones(len(losses)) if valid is None else valid.to(losses.dtype)
+        mean: Tensor = (losses * weights).sum() / 2 * share(weights.sum())
+        return mean.float()
 
 
 def share(count: Tensor) -> Tensor:
@@ -127,10 +128,7 @@ class LogSumExps(torch.autograd.Function):
         block: int,
     ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " columns"], Float[Tensor, " rows"]]:
         bound = scale.abs() * a.norm(dim=1).max() * b.norm(dim=1).max()
-        if bool(bound <= MAX_BARE_EXPONENT):
-            tops = None
-        else:
-            tops = _maxima(a, b, scale, block)
+        tops = None if bool(bound <= MAX_BARE_EXPONENT) else _maxima(a, b, scale, block)
         sums, column_sums = a.new_zeros(len(a), dtype=torch.float64), b.new_zeros(len(b), dtype=torch.float64)
         own = a.new_empty(len(a))
         for i, j, logits in tiles(a, b, scale, block):
@@ -150,7 +148,9 @@ class LogSumExps(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of a logit is its share of its row's sum and of its column's, each times their gradient."""
         a, b, scale, rows, columns = ctx.saved_tensors
-        with torch.no_grad():  # the tiles are made anew; a second derivative is not defined
+        learns_b = ctx.needs_input_grad[1]  # not where texts are frozen: a third of the work
+        # The tiles are made anew; a second derivative is not defined.
+        with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
             grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
             top, column_top = ctx.tops or (0.0, 0.0)
             of_row = (grads[0] * (top - rows).exp()).float()
@@ -164,7 +164,8 @@ class LogSumExps(torch.autograd.Function):
                 places, found = _diagonal(grad, i, i.start + ctx.first - j.start)
                 found += grads[2][places]
                 grad_a[i].addmm_(grad, b[j])
-                grad_b[j].addmm_(grad.T, a[i])
+                if learns_b:
+                    grad_b[j].addmm_(grad.T, a[i])
             grad_scale = (a * grad_a).sum()
             return grad_a.mul_(scale), grad_b.mul_(scale), grad_scale, None, None
 
