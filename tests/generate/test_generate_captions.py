@@ -70,7 +70,7 @@ def plain_beams(model: DualModel, pixels: torch.Tensor, search: CaptionSearch, e
         candidates = sorted(candidates, key=lambda c: -c[0])[: 2 * search.beams]
         for total, words, token in candidates[: search.beams]:
             if token == end:
-                ended.append((total / max(len(words), 1) ** search.length_penalty, words))
+                ended.append((total / length**search.length_penalty, words))
         ended = sorted(ended, key=lambda e: -e[0])[: search.beams]
         beams = [(total, [*words, token]) for total, words, token in candidates if token != end][: search.beams]
         best_open = candidates[0][0] / length**search.length_penalty

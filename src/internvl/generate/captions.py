@@ -89,19 +89,20 @@ class _Finished:
     captions: list[tuple[float, list[int]]] = field(default_factory=list)
     done: bool = False
 
-    def add(self, total: float, tokens: list[int]) -> None:
-        self.captions.append((total / max(len(tokens), 1) ** self.search.length_penalty, tokens))
+    def add(self, total: float, tokens: list[int], length: int) -> None:
+        """`length` counts the end of the caption, where it has one."""
+        self.captions.append((total / length**self.search.length_penalty, tokens))
         self.captions.sort(key=lambda found: found[0], reverse=True)
         del self.captions[self.search.beams :]
 
     def settle(self, best_open: float, length: int) -> None:
-        """Done once no open caption can be better than the worst of enough finished ones."""
+        """Done once no caption of this length is better than the worst of enough finished ones."""
         full = len(self.captions) == self.search.beams
         self.done |= full and self.captions[-1][0] >= best_open / length**self.search.length_penalty
 
 
 def _beam_search(model: DualModel, cache: Cache, logits: Tensor, end_id: int, search: CaptionSearch) -> list[list[int]]:
-    """transformers' beam search without sampling and early stopping: the official protocol runs that one."""
+    """transformers' beam search without sampling and early stopping, as 4.37 has it: the official code runs that one."""
     num_images, num_beams, device = len(logits), search.beams, logits.device
     cache.pairs = cache.pick(torch.arange(num_images, device=device).repeat_interleave(num_beams)).pairs
     logits = logits.repeat_interleave(num_beams, 0)
@@ -125,7 +126,7 @@ def _beam_search(model: DualModel, cache: Cache, logits: Tensor, end_id: int, se
     for image, state in enumerate(finished):
         for total, tokens_of in zip(totals[image].tolist(), written[image], strict=True):
             if not state.done:
-                state.add(total, tokens_of)
+                state.add(total, tokens_of, len(tokens_of))
     return [state.captions[0][1] for state in finished]
 
 
@@ -149,7 +150,7 @@ def _advance(
             if token != end_id:
                 chosen.append((value, beam, token))
             elif place < num_beams and not state.done:
-                state.add(value, written[image][beam])
+                state.add(value, written[image][beam], len(written[image][beam]) + 1)
         chosen = chosen[:num_beams]
         written[image] = [[*written[image][beam], token] for _, beam, token in chosen]
         totals[image] = totals.new_tensor([value for value, _, _ in chosen])
