@@ -56,10 +56,10 @@ def values_and_gradients(loss: Any, images: torch.Tensor, texts: torch.Tensor, s
 def close(
     found: tuple[torch.Tensor, ...], plain: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...], scale: float
 ) -> None:
-    """To 1e-6; at large scales to the rounding of one logit, or as near as the full loss in float32 is itself."""
+    """To 1e-6; at large scales to the rounding of a logit, or as near as the full loss in float32 is itself."""
     for ours, theirs, truth in zip(found, plain, exact, strict=True):
         error = float((theirs.double() - truth).abs().max())
-        assert_close(ours.double(), truth, rtol=1e-6, atol=max(1e-6, 2e-8 * scale, 3 * error))
+        assert_close(ours.double(), truth, rtol=1e-6, atol=max(1e-6, 5e-8 * scale, 3 * error))
 
 
 @given(

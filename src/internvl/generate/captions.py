@@ -102,7 +102,7 @@ class _Finished:
 
 
 def _beam_search(model: DualModel, cache: Cache, logits: Tensor, end_id: int, search: CaptionSearch) -> list[list[int]]:
-    """transformers' beam search without sampling and early stopping, as 4.37 has it: the official code runs that one."""
+    """Beam search of transformers 4.37, which the official code runs: no sampling, no early stopping."""
     num_images, num_beams, device = len(logits), search.beams, logits.device
     cache.pairs = cache.pick(torch.arange(num_images, device=device).repeat_interleave(num_beams)).pairs
     logits = logits.repeat_interleave(num_beams, 0)

@@ -49,11 +49,11 @@ def contrast(
         first = collectives.rank() * len(texts)
         rows, columns, own_logits = LogSumExps.apply(images, all_texts, scale, first, block)
         columns = own(merged(columns), len(texts))
-        if same is None:
-            aimed = 2 * (1 - smoothing) * own_logits.double()
-        else:
-            image_means, text_means = group_means(images, texts, all_texts, same)
-            aimed = (1 - smoothing) * scale * paired(images, text_means, texts, image_means)
+        aimed = 2 * own_logits.double()
+        if same is not None:
+            count, other_images, other_texts = others(images, texts, all_texts, same)
+            aimed = (aimed + scale * paired(images, other_texts, texts, other_images)) / count
+        aimed = (1 - smoothing) * aimed
         if smoothing:
             everywhere = collectives.gather(images).mean(0), all_texts.mean(0)
             aimed = aimed + smoothing * scale * paired(images, everywhere[1], texts, everywhere[0])
@@ -79,23 +79,19 @@ def check(images: Tensor, texts: Tensor, smoothing: float, block: int) -> None:
 
 
 def paired(images: Tensor, of_texts: Tensor, texts: Tensor, of_images: Tensor) -> Float[Tensor, " pairs"]:
-    """Products of each picture and each text with the mean of what it should find, in float64."""
+    """Products of each picture and each text with what it should find, in float64."""
     return ((images * of_texts).sum(1) + (texts * of_images).sum(1)).double()
 
 
-def group_means(images: Tensor, texts: Tensor, all_texts: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
-    """For each pair of this rank the mean image and the mean text of its picture, over all ranks."""
+def others(images: Tensor, texts: Tensor, all_texts: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each pair of this rank: how many pairs have its picture, and the sums of the others' images and texts."""
     numbers, group = collectives.gather(same).unique(return_inverse=True)
     mine = own(group, len(images))
-    return (
-        means(collectives.gather(images), group, len(numbers))[mine],
-        means(all_texts, group, len(numbers))[mine],
+    count = torch.bincount(group, minlength=len(numbers))[mine]
+    return count, *(
+        x.new_zeros(len(numbers), x.shape[1]).index_add(0, group, x)[mine] - itself
+        for x, itself in ((collectives.gather(images), images), (all_texts, texts))
     )
-
-
-def means(x: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    sums = x.new_zeros(num_groups, x.shape[1]).index_add(0, group, x)
-    return sums / torch.bincount(group, minlength=num_groups)[:, None]
 
 
 def merged(columns: Float[Tensor, " all_pairs"]) -> Float[Tensor, " all_pairs"]:
