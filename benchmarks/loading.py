@@ -30,7 +30,7 @@ import json, resource, sys, time
 import torch
 from internvl.generate.engine import Request
 from internvl.generate.sampling import Sampling
-from internvl.generate.opening import load
+from internvl.generate.open_chat import load_chat as load
 
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 request = lambda: Request(torch.arange(5, 40), sampling=Sampling(max_new_tokens=4))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from internvl.evaluate.heldout import available, read_heldout
 from internvl.generate.engine import Engine, Request
-from internvl.generate.opening import load
+from internvl.generate.open_chat import load_chat as load
 from internvl.generate.sampling import Sampling
 from internvl.generate.session import Chat
 

@@ -51,3 +51,21 @@ def official_model(name: str) -> tuple[Any, dict[str, torch.Tensor], dict[str, A
     model.load_state_dict(state)
     model.image_token_id = notes["img_context_token_id"]
     return model, tensors, notes
+
+
+def official_dual(name: str) -> tuple[Any, dict[str, torch.Tensor], dict[str, Any]]:
+    """Our InternVL-G with the weights of a reference file, the file's tensors, and its notes."""
+    from internvl.convert import dual
+    from internvl.convert.keys import expand
+    from internvl.models.build import build_dual
+
+    tensors, notes = golden_tensors(name)
+    given = notes["config"]
+    heads = {key: value for key, value in given.items() if key not in ("vision", "qllama")}
+    settings = {"model_type": "internvl", "vision_config": given["vision"], "qllama_config": given["qllama"], **heads}
+    model = build_dual(dual.from_official(settings))
+    weights = part(tensors, "w/")
+    entries = expand(dual.OFFICIAL_RULES, model.state_dict())
+    assert sorted(key for entry in entries for key in entry.disk) == sorted(weights)
+    model.load_state_dict({entry.ours[0]: weights[entry.disk[0]] for entry in entries})
+    return model, tensors, notes

@@ -21,7 +21,7 @@ from internvl.doctor.checks import CHECKS, diagnose
 from internvl.doctor.folder import Finding, read_folder
 from internvl.doctor.machine import examine
 from internvl.doctor.prompt import foreign, own
-from internvl.generate.opening import load
+from internvl.generate.open_chat import load_chat as load
 from internvl.load import load_checkpoint, save_checkpoint
 from internvl.zoo import RELEASED
 from tiny import tiny_model, tiny_tokenizer

@@ -25,6 +25,19 @@ def test_models_give_the_recorded_numbers(name: str) -> None:
         torch.testing.assert_close(torch.tensor(value), torch.tensor(expected[key]), atol=2e-5, rtol=1e-4)
 
 
+def test_dual_gives_the_recorded_numbers() -> None:
+    found, expected = make.of_dual(), recorded()["dual"]
+    assert found.pop("caption") == expected["caption"]
+    for key, value in found.items():
+        pairs = (
+            zip(value.values(), expected[key].values(), strict=True)
+            if isinstance(value, dict)
+            else [(value, expected[key])]
+        )
+        for ours, theirs in pairs:
+            torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=2e-5, rtol=1e-4)
+
+
 def test_prompts_grids_and_orders_are_the_recorded_ones() -> None:
     found, expected = make.values_without_models(), recorded()
     for key, value in found.items():

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from internvl.cli import main
-from internvl.generate.opening import load
+from internvl.generate.open_chat import load_chat as load
 from internvl.hub import FILES, NOT_FILES, is_hub_id
 from internvl.load import load_checkpoint, save_checkpoint
 from internvl.locate import locate

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from internvl.config import ChatConfig
-from internvl.models.build import build
+from internvl.models.build import build, build_dual
 from internvl.models.chat import ChatModel
+from internvl.models.contrastive import DualModel
 from internvl.tokens import SPECIAL_TOKENS
-from internvl.zoo import CHAT, VIT_TINY_6B
+from internvl.zoo import CHAT, DUAL, VIT_TINY_6B
 
 FAMILIES = ("llama", "qwen2", "phi3", "internlm2")
 IMAGE_TOKEN_ID = 9
@@ -47,6 +48,29 @@ def tiny_model(
                 parameter.add_(torch.empty_like(parameter).normal_(0.0, 0.1, generator=generator))
     model.image_token_id = image_token_id
     return model.to(dtype)
+
+
+def tiny_dual(seed: int = 0, **changes: Any) -> DualModel:
+    """A random InternVL-G whose every weight matters; fields of DualConfig by keyword."""
+    model = build_dual(replace(DUAL["tiny-dual"], **changes), seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.empty_like(parameter).normal_(0.0, 0.1, generator=generator))
+        model.qllama.queries.normal_(generator=generator)
+    return model
+
+
+def tiny_texts(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Ids of texts of full length, begun by 1 and ended by 2."""
+    ids = torch.randint(3, 160, (rows, length), generator=torch.Generator().manual_seed(seed))
+    ids[:, 0], ids[:, -1] = 1, 2
+    return ids
+
+
+def tiny_pictures(count: int, side: int = 56, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
 def tiny_batch(num_text: int = 6, num_tiles: int = 2, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

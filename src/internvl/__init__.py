@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from internvl.data.templates import render
     from internvl.data.tiling import Tiling, tile
+    from internvl.generate.dual import Dual
     from internvl.generate.opening import load
     from internvl.generate.reply import Reply
     from internvl.generate.session import Chat
@@ -19,12 +20,13 @@ __version__ = "0.1.0"
 _HOME = {
     "load": "internvl.generate.opening",
     "Chat": "internvl.generate.session",
+    "Dual": "internvl.generate.dual",
     "Reply": "internvl.generate.reply",
     "tile": "internvl.data.tiling",
     "Tiling": "internvl.data.tiling",
     "render": "internvl.data.templates",
 }
-__all__ = ["Chat", "Reply", "Tiling", "load", "render", "tile"]
+__all__ = ["Chat", "Dual", "Reply", "Tiling", "load", "render", "tile"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from internvl.hub import download, is_hub_id
-from internvl.zoo import CHAT, RELEASED
+from internvl.zoo import CHAT, DUAL, RELEASED
 
 
 def locate(name: str | Path) -> Path:
@@ -21,11 +21,11 @@ def locate(name: str | Path) -> Path:
         return Path(name)
     if str(name) in CHAT:
         raise FileNotFoundError(f"{name}: made of random weights when it is opened; it has no files to read")
-    if str(name) in RELEASED:
-        release = RELEASED[str(name)]
+    if str(name) in RELEASED or str(name) in DUAL:
+        config = RELEASED[str(name)].config if str(name) in RELEASED else DUAL[str(name)]
         raise FileNotFoundError(
-            f"{name}: its weights (about {2 * release.config.num_parameters / 1e9:.1f} GB in bfloat16) are not here. "
-            f"Give the folder that holds them, or {release.hub_id} to fetch them from the hub"
+            f"{name}: its weights (about {2 * config.num_parameters / 1e9:.1f} GB in bfloat16) are not here. "
+            f"Give the folder that holds them, or OpenGVLab/{name} to fetch them from the hub"
         )
     if is_hub_id(str(name)):
         return download(str(name))

@@ -21,13 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from internvl.data.images import normalise
 from internvl.data.templates import TEMPLATES, render
 from internvl.data.tiling import choose_grid, tile
+from internvl.generate.captions import CaptionSearch, caption
 from internvl.generate.engine import Engine, Request
 from internvl.generate.sampling import Sampling
-from internvl.models.build import build
+from internvl.models.build import build, build_dual
 from internvl.models.chat import ChatModel
 from internvl.models.connector import pixel_shuffle
+from internvl.train.alignment import AlignmentBatch, Texts, alignment_losses
 from internvl.train.losses import chunked_sum, shift
-from internvl.zoo import CHAT
+from internvl.zoo import CHAT, DUAL
 
 FILE = Path(__file__).with_name("values.json")
 MODELS = ("tiny-llama", "tiny-qwen2", "tiny-phi3", "tiny-internlm2", "tiny-6b-qwen2")
@@ -43,14 +45,20 @@ MESSAGES = [
 def model_of(name: str) -> ChatModel:
     """Every weight from its place and the length of its name, as large as trained weights are."""
     model = build(CHAT[name])
+    fill(model)
+    model.image_token_id = IMAGE_TOKEN_ID
+    return model.eval()
+
+
+def fill(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for key, parameter in sorted(model.named_parameters()):
+            if parameter.ndim == 0:
+                continue  # the logit scale has one initial value
             wave = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64) * 0.61803 + len(key)) ** 3
             around = 1.0 if parameter.ndim == 1 and key.endswith("weight") else 0.0
             size = 0.3 if parameter.ndim == 1 else 1.5 / parameter.shape[-1] ** 0.5
             parameter.copy_((around + size * wave).view(parameter.shape))
-    model.image_token_id = IMAGE_TOKEN_ID
-    return model.eval()
 
 
 def picture(width: int, height: int) -> Image.Image:
@@ -92,6 +100,44 @@ def greedy(model: ChatModel, ids: torch.Tensor, tiles: torch.Tensor) -> list[int
     return request.tokens
 
 
+def dual_inputs() -> AlignmentBatch:
+    """Two pictures, each with texts for contrast, matching, captions and a foreign one; padded."""
+    _, pictures = inputs()
+    ids = torch.arange(3, 3 + 2 * 4 * 8).view(4, 2, 8)
+    ids[:, :, 0] = 1
+    lengths = torch.tensor([[8, 6], [7, 8], [8, 5], [4, 8]])
+    masks = torch.arange(8) < lengths[:, :, None]
+    ids = ids * masks
+    contrast, match, captions, foreign = (Texts(*pair) for pair in zip(ids, masks, strict=True))
+    labels = captions.ids.masked_fill(~captions.mask, -100)
+    labels[:, :2] = -100
+    return AlignmentBatch(normalise(pictures, "imagenet"), contrast, match, captions, labels, foreign)
+
+
+def of_dual() -> dict[str, Any]:
+    """InternVL-C and -G in small: embeddings, match, the three losses, gradients, a caption by beam search."""
+    model, batch = build_dual(DUAL["tiny-dual"]), dual_inputs()
+    fill(model)
+    losses = alignment_losses(model, batch)
+    sum(losses.values()).backward()
+    with torch.no_grad():
+        images = {head: model.encode_image(batch.pixel_values, head)[1, :6].tolist() for head in ("c", "g")}
+        texts = model.encode_text(batch.contrast.ids)[1, :6].tolist()
+        match = model.match(batch.pixel_values, batch.match.ids).tolist()
+    return {
+        **images,
+        "texts": texts,
+        "match": match,
+        "losses": {name: float(loss.detach()) for name, loss in losses.items()},
+        "gradients": {
+            name: float(parameter.grad.norm())
+            for name, parameter in model.named_parameters()
+            if name in ("qllama.queries", "logit_scale", "text_projection", "qllama.layers.2.cross.k_proj.weight")
+        },
+        "caption": caption(model, batch.pixel_values, torch.tensor([1, 20, 31]), 2, CaptionSearch(3, 2, 6)),
+    }
+
+
 def values_without_models() -> dict[str, Any]:
     grid = torch.arange(16.0).view(1, 4, 4, 1)
     return {
@@ -105,5 +151,6 @@ def values_without_models() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    values = {"models": {name: of_model(name) for name in MODELS}, **values_without_models()}
+    models = {name: of_model(name) for name in MODELS}
+    values = {"models": models, "dual": of_dual(), **values_without_models()}
     FILE.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -97,9 +97,9 @@ def open_model(options: Options) -> Chat:
 
     console = Console(stderr=True)
     with console.status(f"opening {options.model}"):
-        from internvl.generate.opening import load
+        from internvl.generate.open_chat import load_chat
 
-        return load(options.model, device=options.device, dtype=options.dtype, max_tiles=options.max_tiles)
+        return load_chat(options.model, device=options.device, dtype=options.dtype, max_tiles=options.max_tiles)
 
 
 def answer(chat: Chat, options: Options, question: str, pictures: Sequence[Path], history: Sequence[Any] = ()) -> Reply:

@@ -146,16 +146,16 @@ def _open_shards(folder: Path, index: Path) -> Weights:
         found, found_types = _headers(folder / name)
         twice = sorted(found.keys() & shapes.keys())
         if twice:
-            raise ValueError(f"{index}: {_some(twice)} in both {files[twice[0]].name} and {name}; which one is meant?")
+            raise ValueError(f"{index}: {some(twice)} in both {files[twice[0]].name} and {name}; which one is meant?")
         shapes, types = shapes | found, types | found_types
         files |= dict.fromkeys(found, folder / name)
     wrong = sorted(key for key, name in places.items() if key not in files or files[key].name != name)
     if wrong:
-        raise ValueError(f"{index}: {_some(wrong)} not in the shard that it names; download the shards again")
+        raise ValueError(f"{index}: {some(wrong)} not in the shard that it names; download the shards again")
     unnamed = sorted(files.keys() - places.keys())
     if unnamed:
         raise ValueError(
-            f"{index}: does not name {_some(unnamed)}, which {files[unnamed[0]].name} holds; "
+            f"{index}: does not name {some(unnamed)}, which {files[unnamed[0]].name} holds; "
             f"download the index and the shards again"
         )
     return Weights(files, shapes, types)
@@ -174,7 +174,7 @@ def _headers(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     strange = sorted(key for key, kind in types.items() if kind not in NUMBER_TYPES)
     if strange:
         raise ValueError(
-            f"{path}: {_some(strange)} stored as {types[strange[0]]}; readable are {', '.join(NUMBER_TYPES)}: "
+            f"{path}: {some(strange)} stored as {types[strange[0]]}; readable are {', '.join(NUMBER_TYPES)}: "
             f"quantised weights must be turned back first"
         )
     return shapes, types
@@ -200,5 +200,5 @@ def _shard_name(number: int, total: int) -> str:
     return f"model-{number:05d}-of-{total:05d}.safetensors"
 
 
-def _some(keys: list[str]) -> str:
+def some(keys: list[str]) -> str:
     return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")

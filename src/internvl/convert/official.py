@@ -120,7 +120,7 @@ def from_official(settings: Mapping[str, Any], where: object = "config.json") ->
             f"them); if the model is newer, set it to v2",
             stacklevel=2,
         )
-    vision, language = _mapping(settings, "vision_config", where), _mapping(settings, "llm_config", where)
+    vision, language = mapping(settings, "vision_config", where), mapping(settings, "llm_config", where)
     chat = {
         ours: settings.get(disk, CHAT_DEFAULTS.get(disk))
         for ours, disk in CHAT_FIELDS.items()
@@ -133,11 +133,11 @@ def from_official(settings: Mapping[str, Any], where: object = "config.json") ->
     _one_of(chat["downsample"], (0.5, 1.0, 0.25), "downsample_ratio", where)
     _one_of(chat["pixel_shuffle"], ("v1", "v2"), "ps_version", where)
     _one_of(chat["normalize"], ("imagenet", "clip", "siglip"), "normalize_type", where)
-    unknown = _rest(settings, READ_BY_US, CHAT_CONSTANTS)
-    vision_rest = _rest(vision, {*VISION_FIELDS.values(), "drop_path_schedule"}, VISION_CONSTANTS)
+    unknown = rest(settings, READ_BY_US, CHAT_CONSTANTS)
+    vision_rest = rest(vision, {*VISION_FIELDS.values(), "drop_path_schedule"}, VISION_CONSTANTS)
     if vision_rest:
         unknown["vision_config"] = vision_rest
-    return _checked(
+    return checked(
         ChatConfig,
         where,
         vision=vision_config(vision, where),
@@ -214,7 +214,7 @@ def vision_config(settings: Mapping[str, Any], where: object) -> VisionConfig:
     fields = {ours: settings.get(disk, VISION_DEFAULTS[disk]) for ours, disk in VISION_FIELDS.items()}
     _one_of(fields["norm"], ("layer_norm", "rms_norm"), "norm_type", where)
     schedule = _one_of(settings.get("drop_path_schedule", "linear"), ("linear", "uniform"), "drop_path_schedule", where)
-    return _checked(VisionConfig, where, **fields, drop_path_schedule=schedule)
+    return checked(VisionConfig, where, **fields, drop_path_schedule=schedule)
 
 
 def language_config(settings: Mapping[str, Any], where: object) -> LanguageConfig:
@@ -234,7 +234,7 @@ def _one_of(value: Any, allowed: tuple[Any, ...], field: str, where: object) -> 
     return value
 
 
-def _rest(settings: Mapping[str, Any], known: Iterable[str], constants: Mapping[str, Any]) -> dict[str, Any]:
+def rest(settings: Mapping[str, Any], known: Iterable[str], constants: Mapping[str, Any]) -> dict[str, Any]:
     """Fields that would be lost: not read, and not written as a constant."""
     return {
         key: value
@@ -243,7 +243,7 @@ def _rest(settings: Mapping[str, Any], known: Iterable[str], constants: Mapping[
     }
 
 
-def _mapping(settings: Mapping[str, Any], key: str, where: object) -> Mapping[str, Any]:
+def mapping(settings: Mapping[str, Any], key: str, where: object) -> Mapping[str, Any]:
     value = settings.get(key)
     if not isinstance(value, Mapping):
         raise ValueError(f"{where}: {key} is {type(value).__name__}, must be an object")
@@ -253,7 +253,7 @@ def _mapping(settings: Mapping[str, Any], key: str, where: object) -> Mapping[st
 T = TypeVar("T")
 
 
-def _checked(make: type[T], where: object, **fields: Any) -> T:
+def checked(make: type[T], where: object, **fields: Any) -> T:
     """The dataclass, with the file named when a field has an impossible value."""
     try:
         return make(**fields)

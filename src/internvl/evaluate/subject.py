@@ -24,7 +24,7 @@ from internvl.data.templates import Turn, render
 from internvl.evaluate.caption_loss import answer_losses
 from internvl.evaluate.run import Question
 from internvl.generate.engine import Request
-from internvl.generate.opening import Dtype, load
+from internvl.generate.open_chat import Dtype, load_chat
 from internvl.generate.sampling import Sampling
 from internvl.generate.session import Chat
 from internvl.generate.text import Writer
@@ -127,7 +127,7 @@ def open_subject(
     """The model as `internvl.load` opens it, with as many rows as a batch has questions."""
     if max_tiles is not None and max_tiles < 1:
         raise ValueError(f"max_tiles {max_tiles}: a picture needs at least one tile")
-    return ChatSubject(load(model, device=device or "auto", dtype=dtype, max_rows=batch), batch, max_tiles)
+    return ChatSubject(load_chat(model, device=device or "auto", dtype=dtype, max_rows=batch), batch, max_tiles)
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -1,80 +1,31 @@
-"""A name or a folder to a model to talk to: `internvl.load`. Talking is session.py's, reading weights load.py's."""
+"""`internvl.load`: a name or a folder to what it is, a chat model or InternVL-C and -G."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor
-
+from internvl.convert.dual import is_dual
 from internvl.convert.files import read_json
-from internvl.generate.probe import KL_LIMITS, check_steps, plain_logits, probe_ids
-from internvl.generate.session import Chat
-from internvl.load import load_checkpoint
-from internvl.locate import locate
-from internvl.models import int8
-from internvl.models.products import fast_bfloat16
-
-Dtype = Literal["auto", "float32", "bfloat16", "int8", "int4"]
+from internvl.generate.open_chat import load_chat
+from internvl.zoo import DUAL
 
 
-def load(
-    name_or_folder: str | Path,
-    *,
-    device: str = "cpu",
-    dtype: Dtype | torch.dtype = "auto",
-    max_tiles: int | None = None,
-    max_rows: int = 16,
-    adapters: Sequence[str | Path] = (),
-    device_map: str | Mapping[str, str] | None = None,
-    max_kl: float | None = None,
-) -> Chat:
-    """Open a model by name, hub id or folder, of either layout, to chat with.
+def load(name_or_folder: str | Path, **options: Any) -> Any:
+    """A `Chat`, with the options of `generate.open_chat.load_chat`; or, for InternVL-C and -G, a `Dual` (`Dual.open`).
 
-    dtype "auto" is bfloat16 where the hardware computes it, else float32; "int4" keeps bfloat16 for pictures and
-    prompts and steps through 4-bit blocks of the language model's weights; "int8" halves the memory of its layers.
-    Both are refused where they move the next token of a probe text by more than `max_kl` nats (generate/probe.py).
-    device "auto" takes a GPU if there is one; `device_map` "auto" spreads the model over all GPUs. `adapters` are peft
-    folders, folded in (docs/convert.md).
+    Typed code opens the one that it wants: `generate.open_chat.load_chat`, `generate.dual.Dual.open`.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    int4 = dtype == "int4"
-    loaded = load_checkpoint(
-        name_or_folder, device=device, dtype=_dtype(dtype, device), adapters=adapters, device_map=device_map
-    )
-    limit = KL_LIMITS.get(str(dtype), math.inf) if max_kl is None else max_kl
-    if dtype == "int8":
-        int8.quantise(loaded.model, partial(plain_logits, ids=_probe_ids(loaded.tokenizer)), limit)
-    stop_ids = [] if loaded.layout == "random" else _generation_stops(locate(name_or_folder))
-    chat = Chat(loaded.model, loaded.tokenizer, int4=int4, max_tiles=max_tiles, max_rows=max_rows, stop_ids=stop_ids)
-    if int4 and limit < math.inf and loaded.tokenizer is not None:
-        check_steps(chat.engine, probe_ids(loaded.tokenizer), limit)
-    return chat
+    if is_dual_name(name_or_folder):
+        from internvl.generate.dual import Dual
+
+        return Dual.open(name_or_folder, **options)
+    return load_chat(name_or_folder, **options)
 
 
-def _probe_ids(tokenizer: Any) -> Tensor:
-    if tokenizer is None:
-        raise ValueError("int8 weights are checked on a text, and the model has no tokenizer; use bfloat16")
-    return probe_ids(tokenizer)
-
-
-def _dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int4": torch.bfloat16}
-    known["int8"] = known["auto"] = torch.bfloat16 if device != "cpu" or fast_bfloat16() else torch.float32
-    if dtype not in known:
-        raise ValueError(f"dtype {dtype!r}; it is one of {', '.join(known)}")
-    return known[dtype]
-
-
-def _generation_stops(folder: Path) -> list[int]:
-    """End-of-text ids of generation_config.json, where there is one."""
-    path = folder / "generation_config.json"
-    ends = read_json(path).get("eos_token_id") if path.is_file() else None
-    return [int(end) for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
+def is_dual_name(name_or_folder: str | Path) -> bool:
+    """True for the names of zoo/dual.py, alone or as a hub id, and for folders in that layout."""
+    config = Path(name_or_folder) / "config.json"
+    if config.is_file():
+        return is_dual(read_json(config))
+    return str(name_or_folder).rpartition("/")[2] in DUAL

@@ -1,4 +1,4 @@
-"""A model to talk to: turns and pictures in, text and boxes out. Opening one is opening.py's.
+"""A model to talk to: turns and pictures in, text and boxes out. Opening one is open_chat.py's.
 
 Prompts are data/encode.py's, tokens engine.py's, text text.py's.
 """

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from internvl.config import ChatConfig
+from internvl.config import ChatConfig, DualConfig
 from internvl.models.chat import ChatModel
+from internvl.models.contrastive import LOGIT_SCALE, DualModel
 from internvl.models.internvit import Embeddings, InternViT
 
 
@@ -27,6 +28,30 @@ def build(
     return model.eval()
 
 
+def build_dual(
+    config: DualConfig,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> DualModel:
+    """InternVL-C or -G with random weights, or without memory for them on "meta"."""
+    with torch.device("meta"):
+        model = DualModel(config).to(dtype)
+    tie(model)
+    if torch.device(device).type == "meta":
+        return model.eval()
+    model = model.to_empty(device=device)
+    tie(model)
+    initialise_dual(model, seed)
+    return model.eval()
+
+
+def tie(model: DualModel) -> None:
+    """The output head is the embedding, where the config says so."""
+    if model.config.generative and model.config.language.tied:
+        model.qllama.head.weight = model.qllama.embed_tokens.weight
+
+
 def finish(model: ChatModel) -> None:
     """What weights alone do not bring, after building on the meta device: rotary frequencies, the tied head."""
     model.language.fill_buffers()
@@ -44,6 +69,24 @@ def initialise(model: ChatModel, seed: int = 0) -> None:
     for module in (*model.connector.modules(), *model.language.modules()):
         _initialise(module, language.initializer_range, generator)
     _initialise_vision(model.vision, generator)
+
+
+@torch.no_grad()
+def initialise_dual(model: DualModel, seed: int = 0) -> None:
+    """Random weights from a seed, as `initialise`; queries are random too (paper 1.0, section 3.2)."""
+    generator = torch.Generator().manual_seed(seed)
+    language = model.config.language
+    std = float(language.settings.get("initializer_range", 0.02))
+    for module in model.vision.modules():
+        _initialise(module, model.config.vision.weight_std, generator)
+    for name, part in model.named_children():
+        for module in part.modules() if name != "vision" else ():
+            _initialise(module, std, generator)
+    _initialise_vision(model.vision, generator)
+    _normal(model.text_projection, language.width**-0.5, generator)
+    model.logit_scale.fill_(LOGIT_SCALE)
+    if model.config.generative:
+        _normal(model.qllama.queries, std, generator)
 
 
 def _initialise_vision(vision: InternViT, generator: torch.Generator) -> None:

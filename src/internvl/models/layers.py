@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 ONEDNN_MIN_NUMBERS = 20480
@@ -106,3 +106,20 @@ def resize_positions(positions: Float[Tensor, "1 old width"], rows: int, columns
     grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
     patches = grid.flatten(2).transpose(1, 2).to(positions.dtype)
     return torch.cat([positions[:, :1], patches], dim=1)
+
+
+def rotary_angles(
+    positions: Int[Tensor, " length"], head_width: int, base: float
+) -> Float[Tensor, "length head_width"]:
+    """Angle of each channel at each position, in float32; both halves of a head turn alike (LLaMA)."""
+    steps = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width
+    angles = positions[:, None].float() / base**steps
+    return torch.cat([angles, angles], dim=-1)
+
+
+def rotate(
+    x: Float[Tensor, "batch heads length head_width"], angles: Float[Tensor, "length head_width"]
+) -> Float[Tensor, "batch heads length head_width"]:
+    """Rotary position embedding in the layout of LLaMA: channel i turns with channel i + head_width / 2."""
+    first, second = x.chunk(2, dim=-1)
+    return x * angles.cos().to(x.dtype) + torch.cat([-second, first], dim=-1) * angles.sin().to(x.dtype)

@@ -1,0 +1,143 @@
+"""InternVL-C and -G as people use them: pictures and texts to unit vectors, matches, captions.
+
+Prompts and picture sizes are part of what the released models learned (official clip_benchmark, internvl_g/eval); a
+text without `summarize:` or a wrong padding id silently gives other vectors, so they are made here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+
+from internvl.data.images import Source, normalise, open_image
+from internvl.data.resize import BICUBIC
+from internvl.generate.captions import CaptionSearch, caption
+from internvl.generate.open_chat import dtype_of
+from internvl.load_dual import LoadedDual, load_dual, save_dual
+from internvl.models.contrastive import Head
+
+TEXT_PREFIX = "summarize:"
+"""Before every text to embed, without a space (official clip_benchmark/.../internvl_huggingface/__init__.py)."""
+CAPTION_PROMPT = "English caption:"
+"""Official internvl_g/eval/evaluate_caption.py."""
+MAX_TEXT_TOKENS = 80
+"""Prefix, begin and end of text included; longer texts are cut (official tokenizer call)."""
+
+Fit = Literal["squash", "crop"]
+Images = Tensor | Source | Sequence[Source]
+Texts = Tensor | str | Sequence[str]
+
+
+class Dual:
+    """A model and its tokenizer. Pictures are paths, PIL images, arrays, or normalised pixels (n, 3, side, side)."""
+
+    def __init__(self, loaded: LoadedDual) -> None:
+        self.model, self.tokenizer, self.config = loaded.model, loaded.tokenizer, loaded.config
+
+    @classmethod
+    def open(cls, name: str | Path, *, device: str = "cpu", dtype: str | torch.dtype = "float32") -> Dual:
+        """A folder in the official layout, a hub id, or `tiny-dual`. device and dtype "auto" as for chat models."""
+        if dtype == "int4":
+            raise ValueError("dtype 'int4' is for chat models; give float32, bfloat16 or auto")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(load_dual(name, device=device, dtype=dtype_of(dtype, device)))
+
+    @torch.inference_mode()
+    def encode_image(
+        self, images: Images, head: Head = "c", fit: Fit = "squash", batch: int = 32
+    ) -> Float[Tensor, "images embed"]:
+        """Unit vectors. `fit` "squash" resizes to a square (retrieval, captions), "crop" cuts the middle one
+        (zero-shot classification), as the published scores were measured."""
+        parts = self._pixels(images, fit, batch)
+        return torch.cat([self.model.encode_image(pixels, head).float() for pixels in parts])
+
+    @torch.inference_mode()
+    def encode_text(
+        self, texts: Texts, attention_mask: Tensor | None = None, batch: int = 128
+    ) -> Float[Tensor, "texts embed"]:
+        """Unit vectors of strings, or of ids with their mask (without one, id 0 is padding)."""
+        if isinstance(texts, Tensor):
+            mask = None if attention_mask is None else attention_mask.to(self._device)
+            return self.model.encode_text(texts.to(self._device), mask).float()
+        rows = [texts] if isinstance(texts, str) else list(texts)
+        parts = (self.ids([TEXT_PREFIX + text for text in rows[n : n + batch]]) for n in range(0, len(rows), batch))
+        return torch.cat([self.model.encode_text(*part).float() for part in parts])
+
+    @torch.inference_mode()
+    def match(self, images: Images, texts: Texts, batch: int = 32) -> Float[Tensor, " pairs"]:
+        """Probability that each text fits the picture of the same place."""
+        pixels = torch.cat(list(self._pixels(images, "squash", batch)))
+        rows = [texts] if isinstance(texts, str) else texts
+        ids, mask = (rows, rows > 0) if isinstance(rows, Tensor) else self.ids(rows)
+        if len(ids) != len(pixels):
+            raise ValueError(f"{len(pixels)} pictures and {len(ids)} texts; give one text for each picture")
+        pieces = zip(pixels.split(batch), ids.to(self._device).split(batch), mask.split(batch), strict=True)
+        return torch.cat([self.model.match(*piece).float() for piece in pieces])
+
+    def caption(self, images: Images, search: CaptionSearch | None = None, batch: int = 8) -> list[str]:
+        """A caption for each picture, by beam search as published unless `search` says otherwise."""
+        prompt, _ = self.ids([CAPTION_PROMPT], end=False)
+        end = int(self.config.language.settings["eos_token_id"])
+        written: list[list[int]] = []
+        for pixels in self._pixels(images, "squash", batch):
+            written += caption(self.model, pixels, prompt[0], end, search)
+        return [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in written]
+
+    def ids(self, texts: Sequence[str], end: bool = True) -> tuple[Int[Tensor, "texts length"], Tensor]:
+        """Begin of text, text, end of text; padded on the right with 0, and where they are real."""
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer; give ids, or put tokenizer.model into its folder")
+        if not texts:
+            raise ValueError("no text was given; give at least one")
+        settings = self.config.language.settings
+        ending = [int(settings["eos_token_id"])] if end else []
+        beginning = [] if settings.get("bos_token_id") is None else [int(settings["bos_token_id"])]
+        room = MAX_TEXT_TOKENS - len(beginning) - len(ending)
+        rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"][:room] for text in texts]
+        rows = [[*beginning, *row, *ending] for row in rows]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self._device)
+        lengths = torch.tensor([len(row) for row in rows], device=self._device)
+        return ids, torch.arange(longest, device=self._device) < lengths[:, None]
+
+    def save(self, out: str | Path) -> None:
+        """Write the official layout."""
+        save_dual(self.model, self.tokenizer, out)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.logit_scale.device
+
+    def _pixels(self, images: Images, fit: Fit, batch: int) -> Any:
+        """Normalised pixels, some pictures at a time."""
+        if isinstance(images, Tensor):
+            yield from images.to(self._device).split(batch)
+            return
+        one = isinstance(images, (str, bytes, Path, Image.Image, np.ndarray))
+        sources: list[Any] = [images] if one else list(images)  # type: ignore[arg-type]
+        if not sources:
+            raise ValueError("no picture was given; give at least one")
+        for start in range(0, len(sources), batch):
+            squares = [square(open_image(source), self.config.side, fit) for source in sources[start : start + batch]]
+            pixels = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in squares])
+            yield normalise(pixels.contiguous(), "imagenet").to(self._device)
+
+
+def square(image: Image.Image, side: int, fit: Fit) -> Image.Image:
+    """A picture as a square of `side` pixels, bicubic (official build_transform of clip_benchmark)."""
+    if fit == "squash":
+        return image.resize((side, side), BICUBIC)
+    if fit != "crop":
+        raise ValueError(f"fit {fit!r}; it is 'squash' (whole picture) or 'crop' (middle square)")
+    shorter = min(image.size)
+    width, height = (side if edge == shorter else int(side * edge / shorter) for edge in image.size)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    return image.resize((width, height), BICUBIC).crop((left, top, left + side, top + side))

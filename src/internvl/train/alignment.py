@@ -1,0 +1,181 @@
+"""Stage 2 of InternVL 1.0: contrast, matching and captions of one batch (paper 1.0, section 3.3; BLIP-2, section 3.2).
+
+In contrast and in captions the queries see only each other and the picture, so one pass over the queries serves both,
+and only matching needs queries and text together. The official code runs all three as one row of 3 B; the numbers are
+the same. What learns, and the weights of the three, is a stage's affair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from internvl.models.contrastive import DualModel
+from internvl.models.qllama import Cache
+from internvl.tokens import IGNORE_INDEX
+from internvl.train.contrast import contrast, share
+from internvl.train.losses import chunked_sum, shift
+
+Negatives = Literal["given", "hard"]
+
+EMPTY_CONTRAST, EMPTY_MATCH = 5, 2
+"""Tokens of an empty text: BOS, three of `summarize:`, EOS; and BOS, EOS. Such texts are in no loss (official code)."""
+
+CAPTION_CHUNK = 1024
+"""Caption tokens whose logits are held at once."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Ids and where they are real; padding on the right."""
+
+    ids: Int[Tensor, "rows length"]
+    mask: Bool[Tensor, "rows length"] | Int[Tensor, "rows length"]
+
+    def rows(self, index: Tensor) -> Texts:
+        return Texts(self.ids[index], self.mask[index])
+
+    def longer_than(self, num_tokens: int) -> Bool[Tensor, " rows"]:
+        """False for texts with nothing but the tokens that every text has."""
+        return self.mask.sum(1) > num_tokens
+
+
+@dataclass(frozen=True)
+class AlignmentBatch:
+    """One batch of stage 2: each picture with its text in three forms."""
+
+    pixel_values: Float[Tensor, "pairs 3 height width"]
+    contrast: Texts
+    """`summarize:` and the text."""
+    match: Texts
+    """The text alone."""
+    caption: Texts
+    """The prompt and the text."""
+    labels: Int[Tensor, "pairs length"]
+    """Of the captions, unshifted; IGNORE_INDEX where nothing is learned."""
+    negatives: Texts | None = None
+    """A text of another picture for each pair, drawn by the data: what the official code matches against."""
+    same: Int[Tensor, " pairs"] | None = None
+    """Number of each pair's picture: pairs of one picture are no negatives of each other."""
+
+
+def alignment_losses(
+    model: DualModel,
+    batch: AlignmentBatch,
+    *,
+    negatives: Negatives = "given",
+    generator: torch.Generator | None = None,
+    features: Float[Tensor, "pairs positions dim"] | None = None,
+) -> dict[str, Float[Tensor, ""]]:
+    """ "itc", "itm" and "itg", each a mean over all ranks' pairs or tokens as `contrast` returns it.
+
+    `negatives` "given" matches the first half of the pictures with `batch.negatives` and the second with their own
+    texts (official); "hard" draws them in the batch by similarity from `generator` (BLIP-2), 3 rows a pair. `features`
+    replaces the pass through a frozen vision encoder.
+    """
+    if features is None:
+        features = model.vision(batch.pixel_values)
+    seen = Cache()
+    images = model.pool_queries(model.qllama.look(features, seen))
+    texts = model.encode_text(batch.contrast.ids, batch.contrast.mask)
+    scale, valid = model.logit_scale.exp(), batch.contrast.longer_than(EMPTY_CONTRAST)
+    itc = contrast(images, texts, scale, valid=valid, same=batch.same, smoothing=model.config.label_smoothing)
+    if negatives == "hard":
+        usable = batch.match.longer_than(EMPTY_MATCH)
+        logits = (scale * images @ texts.T).detach().float()
+        rows = hard_rows(batch.match, logits, usable, batch.same, generator)
+    elif negatives == "given":
+        rows = given_rows(batch)
+    else:
+        raise ValueError(f"negatives {negatives!r}; they are 'given' or 'hard'")
+    return {"itc": itc, "itm": matching(model, features, rows), "itg": captions(model, seen, batch)}
+
+
+@dataclass(frozen=True)
+class MatchRows:
+    """Texts, the picture each is asked about, and whether it fits: 1, 0, or IGNORE_INDEX."""
+
+    texts: Texts
+    image_of_row: Int[Tensor, " rows"]
+    labels: Int[Tensor, " rows"]
+
+
+def given_rows(batch: AlignmentBatch) -> MatchRows:
+    """The first B - B // 2 pictures against a foreign text, the last B // 2 with their own (official forward)."""
+    if batch.negatives is None:
+        raise ValueError("the batch has no negatives; draw one text of another picture for each pair, or use 'hard'")
+    num_pairs = len(batch.match.ids)
+    images = torch.arange(num_pairs, device=batch.match.ids.device)
+    labels = (images >= num_pairs - num_pairs // 2).long()
+    own, foreign = padded(batch.match, batch.negatives)
+    chosen = labels.bool()[:, None]
+    texts = Texts(torch.where(chosen, own.ids, foreign.ids), torch.where(chosen, own.mask, foreign.mask))
+    return MatchRows(texts, images, labels.masked_fill(~texts.longer_than(EMPTY_MATCH), IGNORE_INDEX))
+
+
+def hard_rows(
+    texts: Texts,
+    logits: Float[Tensor, "pairs pairs"],
+    usable: Bool[Tensor, " pairs"],
+    same: Int[Tensor, " pairs"] | None,
+    generator: torch.Generator | None,
+) -> MatchRows:
+    """Each pair as it is; its text with a foreign picture; its picture with a foreign text (LAVIS blip2_qformer.py).
+
+    Foreign ones are drawn within this rank's batch with the probability that the contrastive logits give them. A pair
+    without a possible negative, or with an empty text, is left out; a text that reads the same is no negative.
+    """
+    num_pairs = len(logits)
+    own = torch.arange(num_pairs, device=logits.device)
+    numbers = own if same is None else same
+    different = (texts.ids[:, None] != texts.ids).any(-1)
+    allowed = (numbers[:, None] != numbers) & different & usable[:, None] & usable
+    some = allowed.any(1)
+    image_of_text = draw(logits.T, allowed, generator)
+    text_of_image = draw(logits, allowed, generator)
+    index = torch.cat([own, own, text_of_image])
+    labels = torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)])
+    fits = torch.cat([usable, some, some])
+    return MatchRows(texts.rows(index), torch.cat([own, image_of_text, own]), labels.masked_fill(~fits, IGNORE_INDEX))
+
+
+def draw(logits: Tensor, allowed: Tensor, generator: torch.Generator | None) -> Int[Tensor, " rows"]:
+    """One allowed column for each row, by softmax; column 0 where none is allowed."""
+    nothing = ~allowed.any(1, keepdim=True)
+    chances = logits.masked_fill(~allowed & ~nothing, -torch.inf).softmax(-1)
+    if generator is not None:
+        chances = chances.to(generator.device)
+    drawn = torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
+    return drawn.masked_fill(nothing[:, 0], 0)
+
+
+def matching(model: DualModel, features: Tensor, rows: MatchRows) -> Float[Tensor, ""]:
+    """Two-way cross-entropy, of all ranks' rows with a label."""
+    logits = model.match_logits(features, rows.texts.ids, rows.texts.mask, rows.image_of_row)
+    losses = F.cross_entropy(logits.float(), rows.labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    return losses * share((rows.labels != IGNORE_INDEX).sum().float())
+
+
+def captions(model: DualModel, seen: Cache, batch: AlignmentBatch) -> Float[Tensor, ""]:
+    """Next-token cross-entropy of all ranks' learned tokens, never more than some logits at a time."""
+    states = model.caption_states(seen, batch.caption.ids, batch.caption.mask)
+    weights = (batch.labels != IGNORE_INDEX).float()
+    positions, labels, learned = shift(batch.labels, weights)
+    summed = chunked_sum(states.flatten(0, 1)[positions], model.qllama.head, labels, learned, CAPTION_CHUNK)
+    return summed * share(learned.sum())
+
+
+def padded(a: Texts, b: Texts) -> tuple[Texts, Texts]:
+    """Both as long as the longer one."""
+    longest = max(a.ids.shape[1], b.ids.shape[1])
+
+    def fit(texts: Texts) -> Texts:
+        more = (0, longest - texts.ids.shape[1])
+        return Texts(F.pad(texts.ids, more), F.pad(texts.mask, more))
+
+    return fit(a), fit(b)
