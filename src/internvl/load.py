@@ -113,15 +113,18 @@ def _read(
     """Assign every weight, one tensor at a time, so that memory never holds the model twice."""
     tied = opened.config.language.tied
     loaded: dict[str, Tensor] = {}
-    for entry in filter(opened.has, opened.entries):
+    # Embedding and head first: where they are one, the second copy is gone before the rest is read.
+    for entry in sorted(filter(opened.has, opened.entries), key=lambda e: {EMBEDDING, HEAD}.isdisjoint(e.ours)):
         where = placement.device_of(entry.ours[0], device) if isinstance(device, Mapping) else device
         loaded |= zip(entry.ours, opened.read(entry, dtype, where, merge), strict=True)
-    if tied and HEAD in loaded and not torch.equal(loaded[HEAD], loaded[EMBEDDING]):
-        head = next(key for entry in opened.entries if HEAD in entry.ours for key in entry.disk)
-        raise ValueError(
-            f"{opened.folder}: tie_word_embeddings is true but {head} differs from the embedding; "
-            f"set it to false in the language model's config"
-        )
+        if tied and HEAD in loaded and EMBEDDING in loaded and loaded[HEAD] is not loaded[EMBEDDING]:
+            if not torch.equal(loaded[HEAD], loaded[EMBEDDING]):
+                head = next(key for entry in opened.entries if HEAD in entry.ours for key in entry.disk)
+                raise ValueError(
+                    f"{opened.folder}: tie_word_embeddings is true but {head} differs from the embedding; "
+                    f"set it to false in the language model's config"
+                )
+            loaded[HEAD] = loaded[EMBEDDING]
     if tied:
         loaded[HEAD] = loaded[EMBEDDING]
     model.load_state_dict(loaded, assign=True)

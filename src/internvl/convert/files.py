@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +44,37 @@ class Weights:
         return torch.float32
 
     def get(self, key: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """One tensor in memory of its own. The file is opened anew, else the pages of all tensors would add up."""
-        path = self.files[key]
-        try:
-            with safe_open(path, "pt") as file:
-                tensor: Tensor = file.get_tensor(key)
-                return tensor.to(device=device, dtype=dtype, copy=True)
-        except SafetensorError as error:
-            raise OSError(f"{path}: cannot read {key!r} ({error}); download the file again") from error
+        """One tensor in memory of its own, read into it: mapped pages of all tensors would add up beside the copies."""
+        path, shape = self.files[key], self.shapes[key]
+        tensor = torch.empty(shape, dtype=NUMBER_TYPES[self.types[key]])
+        start, _ = self._places(path)[key]
+        room = memoryview(tensor.view(-1).view(torch.uint8).numpy().data) if tensor.numel() else memoryview(b"")
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            while room:  # a system call reads 2 GB at most
+                size = file.readinto(room)
+                if not size:
+                    raise OSError(f"{path}: cannot read {key!r} (the file ends before it); download the file again")
+                room = room[size:]
+        return tensor.to(device=device, dtype=dtype)
+
+    def _places(self, path: Path) -> Mapping[str, tuple[int, int]]:
+        """First and last byte of each tensor of a file whose header safetensors has checked."""
+        if path not in self._headers_read:
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(length))
+            begin = 8 + length
+            self._headers_read[path] = {
+                key: (begin + entry["data_offsets"][0], begin + entry["data_offsets"][1])
+                for key, entry in header.items()
+                if key != "__metadata__"
+            }
+        return self._headers_read[path]
+
+    @cached_property
+    def _headers_read(self) -> dict[Path, dict[str, tuple[int, int]]]:
+        return {}
 
 
 def open_weights(folder: Path) -> Weights:
