@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import UInt8
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -45,18 +46,33 @@ class Weights:
 
     def get(self, key: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         """One tensor in memory of its own, read into it: mapped pages of all tensors would add up beside the copies."""
-        path, shape = self.files[key], self.shapes[key]
-        tensor = torch.empty(shape, dtype=NUMBER_TYPES[self.types[key]])
-        start, _ = self._places(path)[key]
-        room = memoryview(tensor.view(-1).view(torch.uint8).numpy().data) if tensor.numel() else memoryview(b"")
+        path, kind = self.files[key], NUMBER_TYPES[self.types[key]]
+        size = torch.Size(self.shapes[key]).numel() * kind.itemsize
+        kept = dtype in (None, kind) and torch.device(device).type == "cpu"
+        raw = torch.empty(size, dtype=torch.uint8) if kept else self._scratch(size)
+        room = memoryview(raw.numpy().data) if size else memoryview(b"")
         with path.open("rb", buffering=0) as file:
-            file.seek(start)
+            file.seek(self._places(path)[key][0])
             while room:  # a system call reads 2 GB at most
-                size = file.readinto(room)
-                if not size:
+                read = file.readinto(room)
+                if not read:
                     raise OSError(f"{path}: cannot read {key!r} (the file ends before it); download the file again")
-                room = room[size:]
-        return tensor.to(device=device, dtype=dtype)
+                room = room[read:]
+        tensor = raw.view(kind).view(self.shapes[key])
+        return tensor if kept else tensor.to(device=device, dtype=dtype, copy=True)
+
+    def _scratch(self, size: int) -> UInt8[Tensor, " size"]:
+        """The same memory for every tensor that is converted: freed pieces between kept ones would stay with us."""
+        if not self._buffer or len(self._buffer[0]) < size:
+            largest = max(
+                torch.Size(shape).numel() * NUMBER_TYPES[self.types[key]].itemsize for key, shape in self.shapes.items()
+            )
+            self._buffer[:] = [torch.empty(largest, dtype=torch.uint8)]
+        return self._buffer[0][:size]
+
+    @cached_property
+    def _buffer(self) -> list[Tensor]:
+        return []
 
     def _places(self, path: Path) -> Mapping[str, tuple[int, int]]:
         """First and last byte of each tensor of a file whose header safetensors has checked."""
