@@ -23,6 +23,7 @@ from torch import Tensor
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 1000**3
+SCRATCH_BYTES = 4 * 1000**2
 NUMBER_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 PICKLE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 
@@ -63,11 +64,10 @@ class Weights:
 
     def _scratch(self, size: int) -> UInt8[Tensor, " size"]:
         """The same memory for every tensor that is converted: freed pieces between kept ones would stay with us."""
-        if not self._buffer or len(self._buffer[0]) < size:
-            largest = max(
-                torch.Size(shape).numel() * NUMBER_TYPES[self.types[key]].itemsize for key, shape in self.shapes.items()
-            )
-            self._buffer[:] = [torch.empty(largest, dtype=torch.uint8)]
+        held = len(self._buffer[0]) if self._buffer else 0
+        if held < size or held > max(SCRATCH_BYTES, 8 * size):  # the embedding's room is not kept for small matrices
+            self._buffer.clear()
+            self._buffer.append(torch.empty(max(size, SCRATCH_BYTES), dtype=torch.uint8))
         return self._buffer[0][:size]
 
     @cached_property
