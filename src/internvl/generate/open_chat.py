@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from internvl.convert.files import read_json
-from internvl.generate.probe import KL_LIMITS, check_steps, plain_logits, probe_ids
+from internvl.generate.rounding import KL_LIMITS, check_steps, plain_logits, probe_ids
 from internvl.generate.session import Chat
 from internvl.load import load_checkpoint
 from internvl.locate import locate
@@ -37,7 +37,7 @@ def load_chat(
 
     dtype "auto" is bfloat16 where the hardware computes it, else float32; "int4" keeps bfloat16 for pictures and
     prompts and steps through 4-bit blocks of the language model's weights; "int8" halves the memory of its layers.
-    Both are refused where they move the next token of a probe text by more than `max_kl` nats (generate/probe.py).
+    Both are refused where they move the next token of a probe text by more than `max_kl` nats (generate/rounding.py).
     device "auto" takes a GPU if there is one; `device_map` "auto" spreads the model over all GPUs. `adapters` are peft
     folders, folded in (docs/convert.md).
     """

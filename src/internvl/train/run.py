@@ -135,7 +135,7 @@ class RunConfig:
     grad_checkpoint: bool = False
     """Recompute block activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """torch.compile the blocks of the vision and language parts (CUDA)."""
+    """torch.compile the blocks of the vision and language parts."""
     seed: int = 0
     device: str = "auto"
     """auto: cuda when there is one."""

@@ -19,7 +19,7 @@ def pocket_align_connector() -> RunConfig:
     """`pocket`, warm start, part 1: the connector alone towards word embeddings, on features seen once and kept.
 
     Not in the papers: neither ViT nor language model run after the first epoch, so a picture costs a thousandth of a
-    pass through the language model, which two cores need. Rates found by trying; 8 GB of memory for the features.
+    pass through the language model, which two cores need. Rates found by trying; 11 GB of memory for the features.
     Command: internvl train pocket_align_connector
     """
     return RunConfig(
