@@ -282,3 +282,10 @@ def test_records_left_out_are_counted_and_named(inputs: Path, tmp_path: Path) ->
     last = json.loads((tmp_path / "skips" / "metrics.jsonl").read_text().splitlines()[-2])
     assert last["skipped"] == 1
     assert (tmp_path / "skips" / "skipped.txt").read_text().startswith(f"{tmp_path / 'records.jsonl'}:5\t")
+
+
+def test_a_recipe_names_the_one_that_it_goes_on_from(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = find_recipe("pocket_align")
+    with pytest.raises(ValueError, match=r"internvl train pocket_align_connector"):
+        recipe.prepare(recipe.make())

@@ -145,9 +145,15 @@ def pocket_sft_cpu() -> RunConfig:
 
 
 def prepare(run: RunConfig) -> None:
-    """Assemble the base weights with a fresh connector where a recipe starts from them."""
-    if run.model == BASE and not (Path(BASE) / "config.json").is_file():
-        write_base(Path(BASE), run.seed)
+    """Assemble the base weights where a recipe starts from them; ValueError where an earlier recipe has not run."""
+    folder = Path(run.model)
+    if run.model == BASE and not (folder / "config.json").is_file():
+        write_base(folder, run.seed)
+    elif folder.parts[:1] == ("runs",) and not folder.is_dir():
+        raise ValueError(
+            f"{run.model} is not there: this recipe starts from what `internvl train {folder.parent.name}` leaves; run "
+            "that first, or give another --model"
+        )
 
 
 def write_base(folder: Path, seed: int = 0) -> None:
