@@ -220,7 +220,7 @@ def _opened(folder: Path, config: ChatConfig, part: str) -> Opened:
     entries = expand(rules, ours)
     optional = _heads(entries) if config.language.tied else []
     check_keys(entries, ours, {name: weights.shapes[key] for name, key in names.items()}, folder, optional=optional)
-    return Opened(folder, "official", settings, config, None, weights, names, tuple(entries), ours, ())
+    return Opened(folder, "official", settings, config, None, weights, names, tuple(entries), ours, None, ())
 
 
 def _heads(entries: Iterable[Any]) -> list[str]:

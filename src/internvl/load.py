@@ -51,6 +51,9 @@ def load_checkpoint(
     official checkpoint (use_llm_lora, use_backbone_lora), are folded into the weights in float32; with `merge` False
     they stay beside them, which needs peft. `device_map` "auto" spreads the model over all GPUs, or a mapping says
     which module goes where (`models/placement.py`); `max_bytes` limits each device.
+
+    Weights stored in the type that is asked for stay in the file, mapped: replace a folder in use (as
+    `save_checkpoint` does), never write into its files.
     """
     path, adapters = base_and_adapters(path, adapters)
     if str(path) in CHAT and str(path) != "pocket":
@@ -58,9 +61,9 @@ def load_checkpoint(
             raise ValueError(f"{path} has random weights: it takes neither adapters nor a device map")
         config = CHAT[str(path)]
         return Loaded(build(config, dtype or torch.float32, device), None, config, "random")
-    opened = open_checkpoint(path, layout=layout, adapters=adapters)
-    dtype = dtype or opened.weights.widest
-    model = build(opened.config, dtype, "meta")
+    opened = open_checkpoint(path, layout=layout, adapters=adapters, dtype=dtype)
+    dtype, model = dtype or opened.weights.widest, opened.skeleton
+    assert model is not None
     places = None
     if device_map is not None:
         places = placement.place(model, device_map, max_bytes)
@@ -110,13 +113,13 @@ def _read(
     device: torch.device | str | Mapping[str, str],
     merge: bool,
 ) -> None:
-    """Assign every weight, one tensor at a time, so that memory never holds the model twice."""
+    """Assign every weight, one tensor at a time or mapped, so that memory never holds the model twice."""
     tied = opened.config.language.tied
     loaded: dict[str, Tensor] = {}
     # Embedding and head first: where they are one, the second copy is gone before the rest is read.
     for entry in sorted(filter(opened.has, opened.entries), key=lambda e: {EMBEDDING, HEAD}.isdisjoint(e.ours)):
         where = placement.device_of(entry.ours[0], device) if isinstance(device, Mapping) else device
-        loaded |= zip(entry.ours, opened.read(entry, dtype, where, merge), strict=True)
+        loaded |= zip(entry.ours, opened.read(entry, dtype, where, merge, mapped=True), strict=True)
         if tied and HEAD in loaded and EMBEDDING in loaded and loaded[HEAD] is not loaded[EMBEDDING]:
             if not torch.equal(loaded[HEAD], loaded[EMBEDDING]):
                 head = next(key for entry in opened.entries if HEAD in entry.ours for key in entry.disk)

@@ -25,11 +25,12 @@ from internvl.convert.files import (
     write_json,
     write_weights,
 )
-from internvl.convert.keys import Entry, check_keys, expand, matches
+from internvl.convert.keys import Entry, check_keys, expand, matches, same
 from internvl.convert.layouts import layout_of
 from internvl.convert.lora import Pair
 from internvl.locate import locate
 from internvl.models.build import build
+from internvl.models.chat import ChatModel
 
 LAYOUTS = ("official", "native")
 EMBEDDING, HEAD = "language.model.model.embed_tokens.weight", "language.model.lm_head.weight"
@@ -52,6 +53,8 @@ class Opened:
     entries: tuple[Entry, ...]
     ours: Mapping[str, torch.Size]
     """Our key -> shape."""
+    skeleton: ChatModel | None
+    """On the meta device, in the number type that was asked for; who reads the weights fills it. None for one part."""
     adapters: tuple[Mapping[str, Pair], ...]
     """Each adapter: our weight key -> what changes it."""
 
@@ -69,12 +72,21 @@ class Opened:
         return all(key in self.names for key in entry.disk)
 
     def read(
-        self, entry: Entry, dtype: torch.dtype | None, device: torch.device | str = "cpu", merge: bool = True
+        self,
+        entry: Entry,
+        dtype: torch.dtype | None,
+        device: torch.device | str = "cpu",
+        merge: bool = True,
+        mapped: bool = False,
     ) -> list[Tensor]:
-        """Our tensors of one entry, each in memory of its own; adapters are added in float32 before rounding."""
+        """Our tensors of one entry; adapters are added in float32 before rounding.
+
+        Each has memory of its own, but `mapped` leaves in the file what it holds exactly as wanted.
+        """
         changes = {key: self.pairs[key] for key in entry.ours if key in self.pairs} if merge else {}
         now = torch.float32 if changes else dtype
-        parts = entry.to_ours([self.weights.get(self.names[key], now, device) for key in entry.disk])
+        mapped = mapped and not changes and entry.to_ours is same
+        parts = entry.to_ours([self.weights.get(self.names[key], now, device, mapped) for key in entry.disk])
         # A part is a view of what was read where a matrix was split: give each its own memory.
         copies = [part.clone() if len(parts) > 1 else part for part in parts]
         if not changes:
@@ -94,8 +106,17 @@ class Opened:
         return reduce(torch.promote_types, kinds)
 
 
-def open_checkpoint(path: str | Path, *, layout: str | None = None, adapters: Sequence[str | Path] = ()) -> Opened:
-    """Read configuration and headers of a folder or `pocket`, and check every key and shape. Weights stay on disk."""
+def open_checkpoint(
+    path: str | Path,
+    *,
+    layout: str | None = None,
+    adapters: Sequence[str | Path] = (),
+    dtype: torch.dtype | None = None,
+) -> Opened:
+    """Read configuration and headers of a folder or `pocket`, and check every key and shape. Weights stay on disk.
+
+    `dtype` is the skeleton's; the widest of the file when not given.
+    """
     path, adapters = base_and_adapters(path, adapters)
     folder = locate(path)
     settings = read_json(folder / "config.json")
@@ -110,7 +131,8 @@ def open_checkpoint(path: str | Path, *, layout: str | None = None, adapters: Se
         ranks = lora.official_ranks(settings, folder / "config.json")
         names, wrapped = lora.unwrap(weights, ranks, folder)
     names = {name: key for name, key in names.items() if not matches(name, official.DERIVED_KEYS)}
-    ours = {key: tensor.shape for key, tensor in build(config, device="meta").state_dict().items()}
+    skeleton = build(config, dtype or weights.widest, "meta")
+    ours = {key: tensor.shape for key, tensor in skeleton.state_dict().items()}
     entries = expand(_rules(config, layout), ours)
     optional = [key for entry in entries if HEAD in entry.ours for key in entry.disk] if config.language.tied else []
     found = {name: weights.shapes[key] for name, key in names.items()}
@@ -118,7 +140,7 @@ def open_checkpoint(path: str | Path, *, layout: str | None = None, adapters: Se
     stacked = [_known_pairs(wrapped, config, ours, folder)] if wrapped else []
     stacked += [_known_pairs(lora.read_adapter(Path(a)), config, ours, a) for a in adapters]
     return Opened(
-        folder, layout, settings, config, image_token_id, weights, names, tuple(entries), ours, tuple(stacked)
+        folder, layout, settings, config, image_token_id, weights, names, tuple(entries), ours, skeleton, tuple(stacked)
     )
 
 

@@ -45,15 +45,28 @@ class Weights:
             return NUMBER_TYPES[found.pop()]
         return torch.float32
 
-    def get(self, key: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """One tensor in memory of its own, read into it: mapped pages of all tensors would add up beside the copies."""
+    def get(
+        self,
+        key: str,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        mapped: bool = False,
+    ) -> Tensor:
+        """One tensor in memory of its own, read into it: mapped pages of all tensors would add up beside the copies.
+
+        With `mapped` a tensor that is kept as stored stays in the file, whose pages come when touched; changing it
+        changes no file.
+        """
         path, kind = self.files[key], NUMBER_TYPES[self.types[key]]
         size = torch.Size(self.shapes[key]).numel() * kind.itemsize
         kept = dtype in (None, kind) and torch.device(device).type == "cpu"
+        first = self._places(path)[key][0]
+        if mapped and kept and size and first % kind.itemsize == 0:
+            return torch.tensor([], dtype=kind).set_(self._map(path)[first : first + size]).view(self.shapes[key])
         raw = torch.empty(size, dtype=torch.uint8) if kept else self._scratch(size)
         room = memoryview(raw.numpy().data) if size else memoryview(b"")
         with path.open("rb", buffering=0) as file:
-            file.seek(self._places(path)[key][0])
+            file.seek(first)
             while room:  # a system call reads 2 GB at most
                 read = file.readinto(room)
                 if not read:
@@ -61,6 +74,17 @@ class Weights:
                 room = room[read:]
         tensor = raw.view(kind).view(self.shapes[key])
         return tensor if kept else tensor.to(device=device, dtype=dtype, copy=True)
+
+    def _map(self, path: Path) -> torch.UntypedStorage:
+        """A whole file as private memory, once."""
+        if path not in self._maps:
+            storage: Any = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+            self._maps[path] = storage
+        return self._maps[path]
+
+    @cached_property
+    def _maps(self) -> dict[Path, torch.UntypedStorage]:
+        return {}
 
     def _scratch(self, size: int) -> UInt8[Tensor, " size"]:
         """The same memory for every tensor that is converted: freed pieces between kept ones would stay with us."""

@@ -27,7 +27,13 @@ class PickledWeights(Weights):
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def get(self, key: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+    def get(
+        self,
+        key: str,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        mapped: bool = False,
+    ) -> Tensor:
         return self.tensors[key].to(device=device, dtype=dtype, copy=True)
 
 
