@@ -68,6 +68,20 @@ def test_answers_are_those_of_passes_over_everything(family: str) -> None:
         ids = torch.cat([ids, torch.tensor([token])])
 
 
+def test_answers_across_the_length_where_longrope_changes_its_angles() -> None:
+    """Phi-3, 128 here: kept keys of shorter texts would be wrong from there on; neighbours do not notice."""
+    model = tiny_model("phi3")
+    assert model.language.switches_at == 128
+    specs = [(n, tiles, seed) for seed, (n, tiles) in enumerate([(120, 0), (104, 4), (5, 0), (140, 1)], 10)]
+    done = Engine(model).run([_request(*spec, max_new_tokens=14) for spec in specs])
+    for request in done:
+        ids, visual = request.input_ids, None if request.tiles is None else Engine(model).encode(request.tiles)
+        for token in request.tokens:
+            with torch.inference_mode():
+                assert int(model(ids[None], visual=visual)[0, -1].argmax()) == token
+            ids = torch.cat([ids, torch.tensor([token])])
+
+
 @pytest.mark.parametrize("int4", [False, True])
 def test_alone_equals_in_company_in_bfloat16(int4: bool) -> None:
     model = tiny_model(dtype=torch.bfloat16)

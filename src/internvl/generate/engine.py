@@ -137,7 +137,7 @@ class Engine:
         live = [request for request in self.rows if request is not None]
         if live:
             last = torch.tensor([request.tokens[-1] for request in live], device=self.device)
-            self._take(range(len(live)), self.decoder.step(last, self.lengths))
+            self._take(range(len(live)), self._reread(self.decoder.step(last, self.lengths)))
             self.lengths = [length + 1 for length in self.lengths]
             self._close_gaps()
 
@@ -235,10 +235,24 @@ class Engine:
     # prompts
 
     def _embed(self, request: Request) -> Float[Tensor, "length llm_width"]:
+        """What a request holds so far: its prompt, and its answer where there is one."""
         visual = request.visual
         if visual is None and request.tiles is not None and len(request.tiles):
             visual = self.encode(request.tiles)
-        return self.model.embed(request.input_ids[None].to(self.device), visual=visual)[0]
+        prompt = self.model.embed(request.input_ids[None].to(self.device), visual=visual)[0]
+        if not request.tokens:
+            return prompt
+        answer = self.model.language.embed(torch.tensor([request.tokens], device=self.device))[0]
+        return torch.cat([prompt, answer])
+
+    def _reread(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
+        """A row whose angles have just changed is read anew, its cache with it, so that cached stays uncached."""
+        rows = [row for row, length in enumerate(self.lengths) if length == self.model.language.switches_at]
+        if rows:
+            held = [request for row in rows if (request := self.rows[row]) is not None]
+            logits = logits.clone()
+            logits[rows] = self.decoder.read([self._embed(request) for request in held], rows)
+        return logits
 
     def _check_pictures(self, request: Request) -> None:
         given = request.visual if request.visual is not None else request.tiles

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, 
 
 from internvl.config import LanguageConfig
 from internvl.models.attention import attend, causal_mask
+from internvl.models.rotary import KINDS, LengthRotary
 
 ATTENTION = "internvl"
 """Our entry in transformers' attention registry. It has no mask function there: masks are made here."""
@@ -69,6 +70,8 @@ class LanguageModel(nn.Module):
         self.model: Any = AutoModelForCausalLM.from_config(
             transformers_config(config), attn_implementation=ATTENTION, dtype=dtype
         )
+        if self.model.model.rotary_emb.rope_type in KINDS:
+            self.model.model.rotary_emb = LengthRotary(self.model.config)
 
     @property
     def width(self) -> int:
@@ -77,6 +80,12 @@ class LanguageModel(nn.Module):
     @property
     def vocab_size(self) -> int:
         return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def switches_at(self) -> int | None:
+        """Length beyond which every position has other angles (LongRoPE), so that keys kept from before are void."""
+        rotary = self.model.model.rotary_emb
+        return rotary.limit if isinstance(rotary, LengthRotary) and rotary.kind == "longrope" else None
 
     def embed(self, input_ids: Int[Tensor, "rows length"]) -> Float[Tensor, "rows length width"]:
         out: Tensor = self.model.get_input_embeddings()(input_ids)
@@ -105,6 +114,8 @@ class LanguageModel(nn.Module):
             position_ids = segment_positions(segments, embeds.device) if position_ids is None else position_ids
         mask = attention_mask
         if mask is not None and mask.ndim == 2:
+            if position_ids is None and cache is None and isinstance(self.model.model.rotary_emb, LengthRotary):
+                position_ids = real_positions(mask.bool())
             mask = padding_mask(mask.bool(), embeds.shape[1])
         hidden: Tensor = self.model.model(
             inputs_embeds=embeds,
@@ -167,6 +178,11 @@ def segment_positions(segments: Int[Tensor, "bounds"], device: torch.device) -> 
     """Positions that restart at every sample of a packed row."""
     lengths = segments.diff().tolist()
     return torch.cat([torch.arange(length) for length in lengths])[None].to(device)
+
+
+def real_positions(seen: Bool[Tensor, "rows length"]) -> Int[Tensor, "rows length"]:
+    """Places in the row, 0 at padding, which then adds nothing to the length of a sequence."""
+    return torch.arange(seen.shape[1], device=seen.device).expand(seen.shape) * seen
 
 
 def _attend(
