@@ -31,7 +31,7 @@ with open("/proc/self/clear_refs", "w") as file:
     file.write("5")                                # forget the peak so far
 before = resident()
 model = load_checkpoint(sys.argv[1], dtype=getattr(torch, sys.argv[3])).model
-sum(float(p.detach().view(-1)[::512].float().sum()) for p in model.parameters())  # what is mapped counts once it is touched
+sum(float(p.detach().view(-1)[::512].float().sum()) for p in model.parameters())  # mapped pages count once touched
 with open("/proc/self/status") as file:
     peak = next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024
 size = sum(p.numel() * p.element_size() for p in model.parameters())
