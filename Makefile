@@ -40,7 +40,7 @@ test: check
 
 test-all: check
 	$(BIN)/internvl fetch pocket
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not pocket_data"
+	INTERNVL_TEST_EXAMPLES=new OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not pocket_data"
 
 format: $(VENV)/dev
 	$(BIN)/ruff format .

@@ -11,6 +11,7 @@ from torch import Tensor
 from internvl.evaluate.classify import any_label_top1, class_vectors, classify, fill
 from internvl.evaluate.ranking import Ranks, Side, rank, top_k, unit
 from internvl.evaluate.retrieve import mean_of_frames, retrieve, retrieve_reranked
+from tiny import unchecked
 
 
 def pair(seed: int, images: int = 7, captions: int = 3, dim: int = 4) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,12 +128,13 @@ def test_dual_softmax_equals_the_full_matrix() -> None:
         (torch.ones(2, 2), torch.ones(2, 2), [0, 0], "nothing to find"),
         (torch.ones(2, 2), torch.ones(2, 2), [0, 2], "0 to 2 but there are 2"),
         (torch.zeros(2, 2), torch.ones(2, 2), [0, 1], "zero or not finite"),
-        (torch.ones(2, 2), torch.ones(3, 2), [0, 1], "one group a row"),
     ],
 )
 def test_retrieval_refuses(images: Tensor, texts: Tensor, owners: list[int], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         retrieve(images, texts, torch.tensor(owners))
+    with pytest.raises(ValueError, match="one group a row"):
+        unchecked(Side.__init__)(object.__new__(Side), torch.ones(3, 2), torch.tensor([0, 1]))
 
 
 def test_mean_of_frames() -> None:
@@ -174,7 +176,7 @@ def test_classification_by_hand() -> None:
     # class 1 may not be answered: the second and fourth picture become right
     assert classify(images, classes, torch.tensor([0, 0, 2, 2]), among=[0, 2]).top1 == 1.0
     with pytest.raises(ValueError, match="1 of 4 labels"):
-        classify(images, classes, torch.tensor([0, 0, 2, 3]))
+        unchecked(classify)(images, classes, torch.tensor([0, 0, 2, 3]))
 
 
 def test_two_classes_of_one_name_share_their_pictures() -> None:

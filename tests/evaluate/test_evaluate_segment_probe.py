@@ -17,6 +17,7 @@ from internvl.evaluate.probe import (
     schedule,
 )
 from internvl.evaluate.segment import Confusion, slide, windows
+from tiny import unchecked
 
 seeds = st.integers(0, 10_000)
 
@@ -75,7 +76,7 @@ def test_iou_by_hand() -> None:
 )
 def test_masks_are_checked(said: list[int], truth: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Confusion(4).add(torch.tensor(said), torch.tensor(truth))
+        unchecked(Confusion(4).add)(torch.tensor(said), torch.tensor(truth))
 
 
 def test_nothing_to_score() -> None:
@@ -158,9 +159,9 @@ def test_held_back_pictures_are_of_every_class() -> None:
 
 
 def test_schedule() -> None:
-    assert schedule(0, 10, 0) == 1.0
-    assert schedule(10, 10, 0) == pytest.approx(0.0)
-    assert schedule(0, 10, 2) < schedule(1, 10, 2) < schedule(2, 10, 2) == 1.0
+    assert schedule(0, 10, 0.0) == 1.0
+    assert schedule(10, 10, 0.0) == pytest.approx(0.0)
+    assert schedule(0, 10, 2.0) < schedule(1, 10, 2.0) < schedule(2, 10, 2.0) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -173,4 +174,4 @@ def test_schedule() -> None:
 )
 def test_features_are_checked(features: Tensor, labels: Tensor, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        linear_probe(features, labels, 3)
+        unchecked(linear_probe)(features, labels, 3)

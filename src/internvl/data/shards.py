@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 from internvl.data.labelled import report
 from internvl.data.records import Problem
@@ -92,13 +92,13 @@ def _members(path: Path, problems: list[Problem] | None) -> Iterator[tuple[str, 
         report(f"{path}: at or after {last}", f"truncated or damaged ({error}); fetch the shard again", problems)
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> io.BufferedIOBase:
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if packed else open(path, "rb")  # type: ignore[return-value]
+    return gzip.open(path, "rb") if packed else open(path, "rb")
 
 
-def _check_end(file: IO[bytes], shard: tarfile.TarFile) -> None:
+def _check_end(file: io.BufferedIOBase, shard: tarfile.TarFile) -> None:
     """tarfile takes a missing end, and half a header, for the end: all is well if it read one whole empty block."""
     if file.tell() - shard.offset != tarfile.BLOCKSIZE:
         raise tarfile.ReadError("the end marker is missing")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,7 @@ from torch import Tensor
 from internvl.evaluate.ranking import BLOCK, Ranks, Side, rank, unit
 
 
+@runtime_checkable
 class TextEmbedder(Protocol):
     """Texts to embeddings, prefix and end of text included as the model was trained (`summarize:` in InternVL-C)."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +18,7 @@ from internvl.evaluate.ranking import BLOCK, Ranks, Side, rank, together, top_k,
 RECALL_AT = (1, 5, 10)
 
 
+@runtime_checkable
 class PairScorer(Protocol):
     """Scores pairs more closely than embeddings do, such as image-text matching. Indices are rows of the two sides."""
 

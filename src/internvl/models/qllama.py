@@ -266,7 +266,7 @@ class QLLaMA(nn.Module):
         text_mask: Bool[Tensor, "rows text"],
         task: Task,
         image_of_row: Int[Tensor, " rows"] | None = None,
-    ) -> Float[Tensor, "rows positions width"]:
+    ) -> Float[Tensor, "rows queries_and_text width"]:
         """Queries and text in one pass, under the mask of a task."""
         queries = self._queries(len(input_ids))
         x = torch.cat([queries, self.embed_tokens(input_ids)], dim=1)
