@@ -93,9 +93,12 @@ class Packer:
             rows = list(_best_fit(pieces, self.room))
         return full + rows
 
+    @property
+    def is_empty(self) -> bool:
+        return not self._open and not self._full
+
     def state(self) -> list[list[list[int]]]:
         """The open rows as plain JSON."""
-        assert not self._full or self._official
         return [[list(piece) for piece in row.pieces] for row in [*self._full, *self._open]]
 
     def load(self, state: Iterable[Iterable[Sequence[int]]]) -> None:
@@ -151,7 +154,7 @@ class Packer:
     # maintain
 
     def _maintain(self) -> list[Row]:
-        given = [self._full.pop(0)] if self._full else []
+        given, self._full = (self._full[:1], self._full[1:]) if self._official else (self._full, [])
         if self._official:
             while self._open and self._open[0].tiles == self.room.tiles:
                 given.append(self._take(0))
@@ -219,17 +222,19 @@ class Tally:
     tokens: int = 0
     tiles: int = 0
     room_tokens: int = 0
+    room_tiles: int = 0
     longest_tokens: int = 0
     """Over steps: ranks x tokens of the longest row among them."""
     most_tiles: int = 0
 
-    def add(self, group: Sequence[Row], room_tokens: int) -> None:
+    def add(self, group: Sequence[Row], room: Room) -> None:
         """Rows that ranks run at the same time."""
         self.rows += len(group)
         self.samples += sum(len(row.pieces) for row in group)
         self.tokens += sum(row.tokens for row in group)
         self.tiles += sum(row.tiles for row in group)
-        self.room_tokens += room_tokens * len(group)
+        self.room_tokens += room.tokens * len(group)
+        self.room_tiles += (room.tiles or 0) * len(group)
         self.longest_tokens += len(group) * max(row.tokens for row in group)
         self.most_tiles += len(group) * max(row.tiles for row in group)
 
@@ -237,6 +242,7 @@ class Tally:
         """Fill, samples and tiles a row, share of the time that ranks would idle if tokens, or tiles, took all of it."""
         return {
             "fill": self.tokens / max(1, self.room_tokens),
+            "fill_tiles": self.tiles / max(1, self.room_tiles),
             "samples_per_row": self.samples / max(1, self.rows),
             "tiles_per_row": self.tiles / max(1, self.rows),
             "idle_tokens": 1 - self.tokens / max(1, self.longest_tokens),
@@ -263,7 +269,7 @@ def simulate(
     dealt = [row for window in windows for row in deal(window, settings.hand, rng)]
     tally = Tally()
     for first in range(0, len(dealt), ranks):
-        tally.add(dealt[first : first + ranks], room.tokens)
+        tally.add(dealt[first : first + ranks], room)
     return tally, dealt
 
 

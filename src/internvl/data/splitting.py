@@ -55,7 +55,9 @@ def own_cut(piece: Piece, limit: int, layout: Layout) -> list[Piece]:
     A cut moves to the start of the picture it would be in; a cut before a learned token repeats the token before it, so
     that something predicts it. Parts that learn nothing are left out.
     """
-    parts, start, length = [], 0, piece.tokens
+    parts, start, length = [], 0, len(layout.learned)
+    if length <= limit:
+        return [layout.part(piece.place, 0, length)]
     while start < length:
         end = min(length, start + limit)
         if end < length:
@@ -113,7 +115,7 @@ def _between(pieces: Sequence[Piece], begin: int, end: int, layout: Callable[[in
     found, offset = [], 0
     for piece in pieces:
         low, high = max(begin, offset), min(end, offset + piece.tokens)
-        if low < high:
+        if low < high or (not piece.tokens and begin <= offset < end):  # one that cannot be used: making it says why
             shift = piece.start - offset
             found.append(layout(piece.place).part(piece.place, low + shift, high + shift))
         offset += piece.tokens
