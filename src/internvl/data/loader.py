@@ -14,19 +14,17 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Int
 from torch.utils.data import DataLoader, Dataset
 
 from internvl.batch import ChatBatch, Company
 from internvl.data.batching import BatchSettings
-from internvl.data.collate import collate, collate_packed
+from internvl.data.collate import collate, collate_nothing, collate_packed
 from internvl.data.encode import Encoder, Sample
 from internvl.data.measure import measure, unchanged
 from internvl.data.mixture import DataSet, Mixture
 from internvl.data.plans import Cursor, Packed, Plain, Plan, Plans
 from internvl.data.splitting import Layout
-from internvl.tokens import IGNORE_INDEX
 
 
 class _Made(NamedTuple):
@@ -72,14 +70,6 @@ class _Work(Dataset[_Made]):
         except (ValueError, OSError):  # making its sample will say why
             return Layout((), np.zeros(0, bool))
 
-    def blank(self) -> ChatBatch:
-        """A batch from which nothing is learned: the other ranks do not wait for one that never comes."""
-        side = self.encoders[0].config.tile_size
-        ids = torch.full((2,), self.pad_id)
-        sample = Sample(ids, torch.full((2,), IGNORE_INDEX), torch.empty((0, 3, side, side), dtype=torch.uint8))
-        join = collate_packed if self.settings.packed else collate
-        return replace(join([sample], self.pad_id, self.settings.weighting), num_samples=0, sources=())
-
     def _rng(self, epoch: int, place: int) -> np.random.Generator:
         return np.random.default_rng([self.mixture.seed, epoch, place])
 
@@ -104,9 +94,6 @@ class Loader:
     pin_memory: bool = False
     on_error: Literal["error", "skip"] = "error"
     """A record that cannot be used ends the run, or is skipped, counted and named."""
-    rank: int = 0
-    num_ranks: int = 1
-    """Ranks take turns: of each `num_ranks` batches in the order of the epoch, this one makes number `rank`."""
     skipped: dict[str, str] = field(default_factory=dict, init=False)
     """File and line of what was skipped, and why."""
     num_skipped: int = field(default=0, init=False)
@@ -118,8 +105,6 @@ class Loader:
         encoders = [_encoder_of(self.encoder, data) for data in self.sets]
         self._work = _Work(self._mixture, encoders, self.settings, self.pad_id, self.on_error == "skip")
         mixture, settings = self._mixture, self.settings
-        if not 0 <= self.rank < self.num_ranks:
-            raise ValueError(f"rank {self.rank} of {self.num_ranks}; ranks count from 0")
         self._plans: Plans = Plain(mixture, settings, lambda: self._counts)
         if settings.room is not None:
             self._plans = Packed(mixture, settings, lambda: self._counts, self._work.layout)
@@ -128,24 +113,30 @@ class Loader:
 
     def __iter__(self) -> Iterator[ChatBatch]:
         """From where the loader stands, without end."""
-        ahead: deque[tuple[Cursor, Company]] = deque()  # of the batches that workers are ahead
-        for batch in self._make(self._own(ahead)):
-            self._cursor, company = ahead.popleft()
-            if batch is None and self.num_ranks > 1:
-                batch = self._work.blank()
-            if batch is not None:
-                yield replace(batch, company=company, room=self.settings.tokens or 0) if company.ranks else batch
+        return (batch for batch in self._own(0, 1) if batch is not None)
+
+    def dealt(self, rank: int, num_ranks: int) -> Iterator[ChatBatch | None]:
+        """All batches from where the loader stands, made only where they are this rank's; None for the others.
+
+        Of every `num_ranks` the rank takes one, so no record is lost or doubled, and the place after them all is the
+        same on every rank: another number of ranks goes on from it. Where every sample of a batch was skipped, an
+        empty one keeps the ranks in step.
+        """
+        for batch in self._own(rank, num_ranks):
+            side = self.encoder.config.tile_size
+            mine = batch if batch is not None else collate_nothing(self.pad_id, side, self.settings.packed)
+            yield from (mine if place == rank else None for place in range(num_ranks))
 
     def once(self) -> Iterator[ChatBatch]:
         """One epoch, whole on every rank; the loader's own place stays."""
         return (batch for batch in self._make(self._plans.epoch(0)) if batch is not None)
 
     def __len__(self) -> int:
-        """Batches that a rank makes in the epoch in which the loader stands."""
+        """Batches of the epoch in which the loader stands."""
         epoch = int(self._cursor["epoch"])
         if self._length[0] != epoch:
             self._length = epoch, sum(1 for _ in self._plans.epoch(epoch))
-        return -(-self._length[1] // self.num_ranks)
+        return self._length[1]
 
     def state_dict(self) -> dict[str, Any]:
         """The place of the next batch, as plain JSON; the same on every rank."""
@@ -179,14 +170,22 @@ class Loader:
         parts = [measure(data, encoder, self.workers) for data, encoder in zip(self.sets, self._work.encoders, strict=True)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _own(self, ahead: deque[tuple[Cursor, Company]]) -> Iterator[Plan]:
-        """This rank's plans from here on; `ahead` gets where all ranks stand after each, and what the others have."""
+    def _own(self, rank: int, num_ranks: int) -> Iterator[ChatBatch | None]:
+        """The rank's batches; the loader then stands behind those that the other ranks take with it."""
         walk = self._plans.walk(self._cursor)
-        while True:
-            together = [next(walk) for _ in range(self.num_ranks)]
-            plans = [plan for plan, _ in together]
-            ahead.append((together[-1][1], _company(plans)))
-            yield plans[self.rank]
+        ahead: deque[tuple[Cursor, Company]] = deque()  # of the batches that workers are ahead
+
+        def plans() -> Iterator[Plan]:
+            while True:
+                together = [next(walk) for _ in range(num_ranks)]
+                ahead.append((together[-1][1], _company([plan for plan, _ in together])))
+                yield together[rank][0]
+
+        for batch in self._make(plans()):
+            self._cursor, company = ahead.popleft()
+            if batch is not None and company.ranks:
+                batch = replace(batch, company=company, room=self.settings.tokens or 0)
+            yield batch
 
     # batches
 

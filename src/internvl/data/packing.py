@@ -203,7 +203,7 @@ def deal(rows: list[Row], hand: int, rng: np.random.Generator | None) -> list[Ro
 
     Ranks that take neighbouring rows then wait little for each other; which step sees which tile count stays random.
     """
-    if rng is None:
+    if rng is None or not rows:
         return rows
     alike = sorted(rows, key=lambda row: (row.tiles, row.tokens))
     hands = [alike[first : first + hand] for first in range(0, len(alike), hand)]

@@ -6,7 +6,7 @@ of one sequence. Nothing of an epoch is kept but the order of its records; a cur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -111,13 +111,13 @@ class Packed:
 
     def walk(self, cursor: Cursor) -> Iterator[tuple[Plan, Cursor]]:
         while True:
-            for plan, cursor in self._walk_epoch(cursor):  # noqa: B020 -- the last cursor begins the next epoch
-                yield plan, cursor
+            cursor = yield from self._walk_epoch(cursor)
 
     def epoch(self, epoch: int) -> Iterator[Plan]:
         return (plan for plan, _ in self._walk_epoch(self._cursor(epoch, 0, 0, [])))
 
-    def _walk_epoch(self, cursor: Cursor) -> Iterator[tuple[Plan, Cursor]]:
+    def _walk_epoch(self, cursor: Cursor) -> Generator[tuple[Plan, Cursor], None, Cursor]:
+        """The rows of the rest of an epoch; the cursor where the next one begins."""
         epoch, window, read = (int(cursor[name]) for name in ("epoch", "window", "read"))
         numbers, packing = self.mixture.epoch(epoch), self.settings.packing
         packer = self._packer(epoch, numbers)
@@ -137,8 +137,10 @@ class Packed:
             behind = self._cursor(epoch + 1, 0, 0, []) if ends else self._cursor(epoch, window + 1, read, packer.state())
             for number, row in enumerate(rows[taken:], taken + 1):
                 yield self._plan(epoch, numbers, row), ({**here, "taken": number} if number < len(rows) else behind)
+            if ends and not (window or rows):
+                raise ValueError(f"{len(numbers)} records, no row among them: the official cut lost all; use 'split'")
             if ends:
-                return
+                return behind
             window, taken = window + 1, 0
 
     @staticmethod
