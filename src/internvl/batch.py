@@ -5,7 +5,7 @@ Tiles travel as uint8 (a quarter of the bytes) and are normalised where the mode
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxtyping import Bool, Float, Int, UInt8
@@ -47,7 +47,7 @@ class ChatBatch:
     """File and line of each sample, for messages."""
     room: int = 0
     """Tokens that a packed row may hold; 0 where there is no such limit."""
-    company: Company = Company()
+    company: Company = field(default_factory=Company)
 
     @property
     def num_tiles(self) -> int:

@@ -1,4 +1,4 @@
-"""Packing: the official packs, and the laws: nothing lost, limits hold, full rows, ranks alike, resume to the sample."""
+"""Packing: the official packs, and the laws: nothing lost, limits hold, rows full, ranks alike, exact resume."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_data_loader import same, write_set
 
 from internvl.batch import ChatBatch
 from internvl.data.batching import BatchSettings
@@ -21,10 +22,9 @@ from internvl.data.encode import Encoder, Sample
 from internvl.data.loader import Loader
 from internvl.data.mixture import DataSet
 from internvl.data.packing import Packer, Packing, Room, Row, deal, simulate
-from internvl.data.splitting import Layout, Piece, Span, own_cut
+from internvl.data.splitting import Layout, Segment, Span, own_cut
 from internvl.tokens import IGNORE_INDEX
 from reference import golden
-from test_data_loader import same, write_set
 from tiny import tiny_chat_config, tiny_tokenizer
 
 OFFICIAL = Packing(search="official", buffer=8)
@@ -75,15 +75,15 @@ def test_packs_are_the_official_ones(case: dict[str, Any]) -> None:
     packer = Packer(room, packing, lambda place: layout_of(samples[place]))
     rows: list[Row] = []
     for place, sample in enumerate(samples):
-        rows += packer.add(Piece(place, len(sample["ids"]), sample["tiles"]))  # a dummy tile counts there
+        rows += packer.add(Segment(place, len(sample["ids"]), sample["tiles"]))  # a dummy tile counts there
     rows += packer.drain()
     assert len(rows) == len(case["packs"])
     for row, pack in zip(rows, case["packs"], strict=True):
-        cuts = [samples[p.place]["ids"][p.start : p.start + p.tokens] for p in row.pieces]
+        cuts = [samples[p.place]["ids"][p.start : p.start + p.tokens] for p in row.segments]
         assert [token for cut in cuts for token in cut] == pack["input_ids"]
-        assert [p.tokens for p in row.pieces] == [length for _, length in pack["segments"]]
+        assert [p.tokens for p in row.segments] == [length for _, length in pack["segments"]]
         assert (row.tokens, row.tiles) == (pack["n_tokens"], pack["n_tiles"])
-        learned = [layout_of(samples[p.place]).learned[p.start : p.start + p.tokens].sum() for p in row.pieces]
+        learned = [layout_of(samples[p.place]).learned[p.start : p.start + p.tokens].sum() for p in row.segments]
         assert sum(learned) == pack["n_labels"]
 
 
@@ -92,13 +92,13 @@ def test_rows_collate_as_officially() -> None:
     stored = json.loads(golden("packing.json").read_text())["cases"][0]
     samples = order_of(stored)
     packer = Packer(Room(64, 6), OFFICIAL)
-    rows = [row for n, s in enumerate(samples) for row in packer.add(Piece(n, len(s["ids"]), s["tiles"]))]
+    rows = [row for n, s in enumerate(samples) for row in packer.add(Segment(n, len(s["ids"]), s["tiles"]))]
     rows += packer.drain()
     for case in json.loads(golden("collate.json").read_text())["packed_collate"]:
         row = rows[case["pack_index"]]
         made = []
-        for piece in row.pieces:
-            sample = samples[piece.place]
+        for segment in row.segments:
+            sample = samples[segment.place]
             ids = torch.tensor(sample["ids"])
             labels = torch.where(torch.from_numpy(layout_of(sample).learned), ids, IGNORE_INDEX)
             tiles = torch.zeros(sample["tiles"] * sample["flag"], 3, 2, 2, dtype=torch.uint8)
@@ -115,7 +115,9 @@ def test_rows_collate_as_officially() -> None:
 sizes = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 5)), min_size=1, max_size=60)
 
 
-@given(sizes, st.sampled_from([None, 7]), st.sampled_from([None, 3]), st.integers(1, 6), st.booleans(), st.integers(0, 60))
+@given(
+    sizes, st.sampled_from([None, 7]), st.sampled_from([None, 3]), st.integers(1, 6), st.booleans(), st.integers(0, 60)
+)
 def test_every_sample_is_in_one_row_and_limits_hold(
     counts: list[tuple[int, int]], tiles: int | None, samples: int | None, buffer: int, official: bool, stop: int
 ) -> None:
@@ -127,14 +129,14 @@ def test_every_sample_is_in_one_row_and_limits_hold(
             state = json.loads(json.dumps(packer.state()))
             packer = Packer(room, packing)
             packer.load(state)
-        rows += packer.add(Piece(place, tokens, num_tiles))
+        rows += packer.add(Segment(place, tokens, num_tiles))
     rows += packer.drain()
     assert packer.is_empty
-    assert sorted(piece.place for row in rows for piece in row.pieces) == list(range(len(counts)))
+    assert sorted(segment.place for row in rows for segment in row.segments) == list(range(len(counts)))
     for row in rows:
-        assert row.tokens == sum(counts[p.place][0] for p in row.pieces) <= 64
-        assert row.tiles == sum(counts[p.place][1] for p in row.pieces) <= (tiles or 99**9)
-        assert len(row.pieces) <= (samples or 99**9)
+        assert row.tokens == sum(counts[p.place][0] for p in row.segments) <= 64
+        assert row.tiles == sum(counts[p.place][1] for p in row.segments) <= (tiles or 99**9)
+        assert len(row.segments) <= (samples or 99**9)
 
 
 @given(sizes, st.integers(1, 6), st.integers(0, 59), st.booleans())
@@ -150,7 +152,7 @@ def test_a_state_goes_on_with_the_same_rows(
                 state = packer.state()
                 packer = Packer(Room(64, 6), packing)
                 packer.load(state)
-            found += packer.add(Piece(place, *size))
+            found += packer.add(Segment(place, *size))
         return found + packer.drain()
 
     assert rows(stop) == rows(None)
@@ -172,7 +174,7 @@ def layouts(draw: Any) -> Layout:
 
 @given(layouts(), st.integers(16, 40))
 def test_a_cut_sample_loses_no_learned_token_and_no_half_picture(layout: Layout, limit: int) -> None:
-    parts = own_cut(Piece(3, len(layout.learned), sum(s.tiles for s in layout.pictures)), limit, layout)
+    parts = own_cut(Segment(3, len(layout.learned), sum(s.tiles for s in layout.pictures)), limit, layout)
     taught: Counter[int] = Counter()
     for part in parts:
         end = part.start + part.tokens
@@ -190,11 +192,11 @@ def test_a_cut_sample_loses_no_learned_token_and_no_half_picture(layout: Layout,
 def test_a_picture_longer_than_a_row_is_named() -> None:
     layout = Layout((Span(1, 40, 3),), np.arange(50) > 45)
     with pytest.raises(ValueError, match="a row has 20; raise batch_tokens or lower max_tiles"):
-        own_cut(Piece(0, 50, 3), 20, layout)
+        own_cut(Segment(0, 50, 3), 20, layout)
 
 
 def realistic(count: int, seed: int) -> list[tuple[int, int]]:
-    """Text lognormal; 15 % text alone, 70 % one picture of 1 to 13 tiles, 10 % several, 5 % videos; 256 tokens a tile."""
+    """Text lognormal; 15 % text alone, 70 % one picture of 1 to 13 tiles, 10 % several, 5 % videos."""
     rng = np.random.default_rng(seed)
     found = []
     for kind in rng.random(count):
@@ -216,7 +218,9 @@ def test_rows_are_full_and_eight_ranks_hardly_wait(room: Room, seed: int) -> Non
     assert found["fill"] >= 0.97
     assert found["idle_tokens"] <= 0.02
     assert found["idle_tiles"] <= 0.02
-    official = simulate(realistic(6000, seed), room, Packing(search="official", buffer=20), ranks=8, seed=seed)[0].read()
+    official = simulate(realistic(6000, seed), room, Packing(search="official", buffer=20), ranks=8, seed=seed)[
+        0
+    ].read()
     assert found["fill"] > official["fill"]
 
 
@@ -233,12 +237,10 @@ def test_undealt_rows_would_keep_ranks_waiting() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), max_size=40), st.integers(1, 9), st.integers(0, 99))
-def test_dealing_loses_nothing_and_puts_like_rows_together(
-    counts: list[tuple[int, int]], hand: int, seed: int
-) -> None:
-    rows = [Row([Piece(n, *size)], *size) for n, size in enumerate(counts)]
+def test_dealing_loses_nothing_and_puts_like_rows_together(counts: list[tuple[int, int]], hand: int, seed: int) -> None:
+    rows = [Row([Segment(n, *size)], *size) for n, size in enumerate(counts)]
     dealt = deal(rows, hand, np.random.default_rng(seed))
-    assert sorted(row.pieces[0].place for row in dealt) == list(range(len(counts)))
+    assert sorted(row.segments[0].place for row in dealt) == list(range(len(counts)))
     hands = [dealt[first : first + hand] for first in range(0, len(dealt) - hand + 1, hand)]
     ranges = sorted((min(row.tiles for row in h), max(row.tiles for row in h)) for h in hands)
     assert all(high <= low for (_, high), (low, _) in pairwise(ranges) if high != low) or hand == 1
@@ -262,7 +264,9 @@ def sets(tmp_path: Path) -> list[DataSet]:
 
 
 def make(sets: list[DataSet], tokens: int = 420, workers: int = 0, **packing: Any) -> Loader:
-    settings = BatchSettings(None, tokens, 14, packed=True, packing=Packing(**{"buffer": 3, "window": 6, "hand": 2, **packing}))
+    settings = BatchSettings(
+        None, tokens, 14, packed=True, packing=Packing(**{"buffer": 3, "window": 6, "hand": 2, **packing})
+    )
     return Loader(sets, Encoder(tiny_tokenizer(), tiny_chat_config(max_tiles=4)), 0, settings, seed=5, workers=workers)
 
 
@@ -282,15 +286,15 @@ def test_ranks_and_workers_may_change_on_the_way(sets: list[DataSet]) -> None:
     loader = make(sets)
     count = len(loader)
     whole = [*islice(loader, 2 * count)]
-    pieces: list[ChatBatch] = []
+    segments: list[ChatBatch] = []
     state = make(sets).state_dict()
     for ranks, steps, workers in ((1, 3, 0), (3, 2, 1), (2, 3, 0), (3, 1, 0), (1, 2, 2)):
         part = make(sets, workers=workers)
         part.load_state_dict(json.loads(json.dumps(state)))
-        pieces += run(part, ranks, steps)
+        segments += run(part, ranks, steps)
         state = part.state_dict()
-    assert len(pieces) == 20
-    assert all(same(a, b) for a, b in zip(pieces, whole, strict=False))
+    assert len(segments) == 20
+    assert all(same(a, b) for a, b in zip(segments, whole, strict=False))
 
 
 def test_an_epoch_has_every_sample_as_often_as_said(sets: list[DataSet]) -> None:
@@ -309,7 +313,7 @@ def test_the_cursor_holds_the_open_rows_and_stays_small(sets: list[DataSet]) -> 
     list(islice(loader, 9))
     state = loader.state_dict()
     assert state["open"]
-    assert all(len(piece) == 5 for row in state["open"] for piece in row)
+    assert all(len(segment) == 5 for row in state["open"] for segment in row)
     assert len(json.dumps(state)) < 3000
 
 

@@ -213,7 +213,7 @@ def test_shards_by_pattern_are_sets(tmp_path: Path) -> None:
 def test_a_wrong_length_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", 5)
     assert len(Mixture([DataSet(str(path), length=5)])) == 5
-    with pytest.raises(ValueError, match="`length` is 6 but .* has 5 records"):
+    with pytest.raises(ValueError, match=r"`length` is 6 but .* has 5 records"):
         Mixture([DataSet(str(path), name="mine", length=6)])
 
 

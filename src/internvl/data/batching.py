@@ -29,7 +29,7 @@ class BatchSettings:
     weighting: Weighting = "token"
     window: int = 1024
     """Samples, neighbours in the epoch's order, among which partners are sought; packed rows have `packing`."""
-    packing: Packing = field(default=Packing(), repr=False)
+    packing: Packing = field(default_factory=Packing, repr=False)
     """How packed rows with a limit of tokens are filled."""
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from internvl.config import ChatConfig
 from internvl.data.images import Limits, Source, compress, header_size, jpeg_augment, open_image, pad_to_square
 from internvl.data.media import FrameSettings, expand_video, probe, read_frames
 from internvl.data.records import Record
-from internvl.data.splitting import Layout, Piece, Span
+from internvl.data.splitting import Layout, Segment, Span
 from internvl.data.templates import Piece, Template, Turn, find_template, layout, media_of, turns_of
 from internvl.data.tiling import count_tiles, cut, single
 from internvl.data.tokenise import Tokeniser, Tokens, expand, tokeniser_of
@@ -48,13 +48,13 @@ class Sample(NamedTuple):
     def num_learned(self) -> int:
         return int((self.labels != IGNORE_INDEX).sum())
 
-    def part(self, piece: Piece) -> Sample:
-        """The tokens and tiles of a piece; its first token is not learned, for nothing in the row predicts it."""
-        end, last_tile = piece.start + piece.tokens, piece.first_tile + piece.tiles
-        labels = self.labels[piece.start : end].clone()
+    def part(self, segment: Segment) -> Sample:
+        """The tokens and tiles of a segment; its first token is not learned, for nothing in the row predicts it."""
+        end, last_tile = segment.start + segment.tokens, segment.first_tile + segment.tiles
+        labels = self.labels[segment.start : end].clone()
         labels[0] = IGNORE_INDEX
-        tiles = self.tiles[piece.first_tile : last_tile]
-        return Sample(self.input_ids[piece.start : end], labels, tiles, self.source, self.num_cut)
+        tiles = self.tiles[segment.first_tile : last_tile]
+        return Sample(self.input_ids[segment.start : end], labels, tiles, self.source, self.num_cut)
 
 
 class Prompt(NamedTuple):

@@ -167,7 +167,9 @@ class Loader:
     @cached_property
     def _counts(self) -> Int[np.ndarray, "records 2"]:
         """Tokens and tiles of every record."""
-        parts = [measure(data, encoder, self.workers) for data, encoder in zip(self.sets, self._work.encoders, strict=True)]
+        parts = [
+            measure(data, encoder, self.workers) for data, encoder in zip(self.sets, self._work.encoders, strict=True)
+        ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _own(self, rank: int, num_ranks: int) -> Iterator[ChatBatch | None]:

@@ -73,8 +73,8 @@ class DataSet:
         """ValueError where the file does not have the records that the meta JSON says."""
         if self.length is not None and self.length != len(self):
             raise ValueError(
-                f"{self.name or self.annotation}: `length` is {self.length} but {self.annotation} has {len(self)} records; "
-                "correct it, remove it, or look whether the file is whole"
+                f"{self.name or self.annotation}: `length` is {self.length} but {self.annotation} has {len(self)} "
+                "records; correct it, remove it, or look whether the file is whole"
             )
 
 
@@ -86,7 +86,9 @@ def read_sets(path: str | Path) -> list[DataSet]:
     try:
         meta = json.loads(file.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); give a meta JSON or a file that ends in .jsonl, .parquet or .tar") from error
+        raise ValueError(
+            f"{path}: not JSON ({error}); give a meta JSON or a file that ends in .jsonl, .parquet or .tar"
+        ) from error
     if not isinstance(meta, dict) or not meta or not all(isinstance(entry, dict) for entry in meta.values()):
         raise ValueError(f"{path}: not a meta JSON; it maps names to objects with `root` and `annotation`")
     return [data for name, entry in meta.items() for data in _data_sets(name, entry, file.parent)]

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from internvl.data.splitting import Layout, Piece, official_cut, own_cut
+from internvl.data.splitting import Layout, Segment, official_cut, own_cut
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Packing:
     search: Literal["fullest", "official"] = "fullest"
     """The row for a sample: the one that it fills most, or the official one, with most tiles. Both by binary search."""
     overflow: Literal["never", "split", "official"] = "never"
-    """A sample longer than a row: refused; cut in parts that lose no learned token; the official cut (`allow_overflow`),
-    which may also cut a sample to fill a row, and loses words before the next picture and parts without one."""
+    """A sample longer than a row: refused; cut in parts that lose no learned token; the official cut
+    (`allow_overflow`), which also cuts to fill a row, and loses words before the next picture and parts without one."""
     hand: int = 8
     """Rows of like tokens and tiles that are dealt together: the number of ranks, or a multiple of it."""
     window: int = 512
@@ -37,7 +37,9 @@ class Packing:
             if getattr(self, name) < 1:
                 raise ValueError(f"packing.{name} is {getattr(self, name)}; it must be at least 1")
         if self.overflow == "official" and self.search != "official":
-            raise ValueError("packing.overflow is 'official' but packing.search is not; set both, or overflow to 'split'")
+            raise ValueError(
+                "packing.overflow is 'official' but packing.search is not; set both, or overflow to 'split'"
+            )
 
 
 class Room(NamedTuple):
@@ -52,14 +54,14 @@ class Room(NamedTuple):
 class Row:
     """Pieces that share a row."""
 
-    pieces: list[Piece] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
     tokens: int = 0
     tiles: int = 0
 
-    def add(self, piece: Piece) -> None:
-        self.pieces.append(piece)
-        self.tokens += piece.tokens
-        self.tiles += piece.tiles
+    def add(self, segment: Segment) -> None:
+        self.segments.append(segment)
+        self.tokens += segment.tokens
+        self.tiles += segment.tiles
 
 
 class Packer:
@@ -74,9 +76,9 @@ class Packer:
         """Of the open rows, ascending: how full they are; officially, tiles from most to fewest."""
         self._full: list[Row] = []
 
-    def add(self, piece: Piece) -> list[Row]:
+    def add(self, segment: Segment) -> list[Row]:
         """Put a sample into a row; the rows that are given away now."""
-        for part in self._parts(piece):
+        for part in self._parts(segment):
             at = self._search(part)
             row = Row() if at is None else self._take(at)
             row.add(part)
@@ -89,8 +91,8 @@ class Packer:
         rows, self._open, self._keys = self._open, [], []
         full, self._full = self._full, []
         if not self._official:
-            pieces = sorted((p for row in rows for p in row.pieces), key=lambda p: (-p.tokens, -p.tiles, p.place))
-            rows = list(_best_fit(pieces, self.room))
+            segments = sorted((p for row in rows for p in row.segments), key=lambda p: (-p.tokens, -p.tiles, p.place))
+            rows = list(_best_fit(segments, self.room))
         return full + rows
 
     @property
@@ -99,52 +101,52 @@ class Packer:
 
     def state(self) -> list[list[list[int]]]:
         """The open rows as plain JSON."""
-        return [[list(piece) for piece in row.pieces] for row in [*self._full, *self._open]]
+        return [[list(segment) for segment in row.segments] for row in [*self._full, *self._open]]
 
     def load(self, state: Iterable[Iterable[Sequence[int]]]) -> None:
         """Stand where `state` was taken."""
         self._open, self._keys, self._full = [], [], []
-        for pieces in state:
+        for segments in state:
             row = Row()
-            for piece in pieces:
-                row.add(Piece(*piece))
+            for segment in segments:
+                row.add(Segment(*segment))
             self._put(row)
 
     # search
 
-    def _search(self, piece: Piece) -> int | None:
+    def _search(self, segment: Segment) -> int | None:
         if self._official:
-            return self._search_official(piece)
-        last = bisect_right(self._keys, self._fullness(self.room.tokens - piece.tokens, self._tile_room(piece)))
-        return next((at for at in reversed(range(last)) if fits(self._open[at], piece, self.room)), None)
+            return self._search_official(segment)
+        last = bisect_right(self._keys, self._fullness(self.room.tokens - segment.tokens, self._tile_room(segment)))
+        return next((at for at in reversed(range(last)) if fits(self._open[at], segment, self.room)), None)
 
-    def _tile_room(self, piece: Piece) -> int:
-        return 0 if self.room.tiles is None else self.room.tiles - piece.tiles
+    def _tile_room(self, segment: Segment) -> int:
+        return 0 if self.room.tiles is None else self.room.tiles - segment.tiles
 
-    def _search_official(self, piece: Piece) -> int | None:
+    def _search_official(self, segment: Segment) -> int | None:
         """The first of those whose tiles fit, from most tiles on; one that overflows if the buffer is half full."""
-        first = 0 if self.room.tiles is None else bisect_left(self._keys, piece.tiles - self.room.tiles)
+        first = 0 if self.room.tiles is None else bisect_left(self._keys, segment.tiles - self.room.tiles)
         for at in range(first, len(self._open)):
-            if fits(self._open[at], piece, self.room):
+            if fits(self._open[at], segment, self.room):
                 return at
         may_overflow = self.settings.overflow == "official" and len(self._open) >= self.settings.buffer // 2
         return len(self._open) - 1 if may_overflow and first < len(self._open) else None
 
     # pack
 
-    def _parts(self, piece: Piece) -> list[Piece]:
-        if self.settings.overflow != "split" or piece.tokens <= self.room.tokens:
-            return [piece]
-        return own_cut(piece, self.room.tokens, self._layout_of(piece.place))
+    def _parts(self, segment: Segment) -> list[Segment]:
+        if self.settings.overflow != "split" or segment.tokens <= self.room.tokens:
+            return [segment]
+        return own_cut(segment, self.room.tokens, self._layout_of(segment.place))
 
     def _cut(self, row: Row) -> list[Row]:
         if row.tokens <= self.room.tokens or self.settings.overflow != "official":
             return [row]
         rows = []
-        for pieces in official_cut(row.pieces, self.room.tokens, self._layout_of):
+        for segments in official_cut(row.segments, self.room.tokens, self._layout_of):
             rows.append(Row())
-            for piece in pieces:
-                rows[-1].add(piece)
+            for segment in segments:
+                rows[-1].add(segment)
         return rows
 
     def _layout_of(self, place: int) -> Layout:
@@ -181,18 +183,18 @@ class Packer:
         return tokens if self.room.tiles is None else max(tokens * self.room.tiles, tiles * self.room.tokens)
 
 
-def fits(row: Row, piece: Piece, room: Room) -> bool:
+def fits(row: Row, segment: Segment, room: Room) -> bool:
     return (
-        row.tokens + piece.tokens <= room.tokens
-        and (room.tiles is None or row.tiles + piece.tiles <= room.tiles)
-        and (room.samples is None or len(row.pieces) < room.samples)
+        row.tokens + segment.tokens <= room.tokens
+        and (room.tiles is None or row.tiles + segment.tiles <= room.tiles)
+        and (room.samples is None or len(row.segments) < room.samples)
     )
 
 
-def _best_fit(pieces: Iterable[Piece], room: Room) -> Iterator[Row]:
-    """Each piece into the fullest row that takes it, fullest rows first."""
+def _best_fit(segments: Iterable[Segment], room: Room) -> Iterator[Row]:
+    """Each segment into the fullest row that takes it, fullest rows first."""
     packer = Packer(room, Packing(buffer=1 << 30))
-    full = [row for piece in pieces for row in packer.add(piece)]
+    full = [row for segment in segments for row in packer.add(segment)]
     yield from full
     yield from packer._full
     yield from reversed(packer._open)
@@ -230,7 +232,7 @@ class Tally:
     def add(self, group: Sequence[Row], room: Room) -> None:
         """Rows that ranks run at the same time."""
         self.rows += len(group)
-        self.samples += sum(len(row.pieces) for row in group)
+        self.samples += sum(len(row.segments) for row in group)
         self.tokens += sum(row.tokens for row in group)
         self.tiles += sum(row.tiles for row in group)
         self.room_tokens += room.tokens * len(group)
@@ -239,10 +241,10 @@ class Tally:
         self.most_tiles += len(group) * max(row.tiles for row in group)
 
     def read(self) -> dict[str, float]:
-        """Fill, samples and tiles a row, share of the time that ranks would idle if tokens, or tiles, took all of it."""
+        """Fill, samples and tiles a row; share of the time that ranks idle if tokens, or tiles, take all of it."""
         return {
             "fill": self.tokens / max(1, self.room_tokens),
-            "fill_tiles": self.tiles / max(1, self.room_tiles),
+            "fill_tiles": self.tiles / self.room_tiles if self.room_tiles else 0.0,
             "samples_per_row": self.samples / max(1, self.rows),
             "tiles_per_row": self.tiles / max(1, self.rows),
             "idle_tokens": 1 - self.tokens / max(1, self.longest_tokens),
@@ -262,7 +264,7 @@ def simulate(
     packer = Packer(room, settings)
     rows: list[Row] = []
     for place, (tokens, tiles) in enumerate(sizes):
-        rows += packer.add(Piece(place, tokens, tiles))
+        rows += packer.add(Segment(place, tokens, tiles))
     rows += packer.drain()
     rng = None if seed is None else np.random.default_rng(seed)
     windows = (rows[first : first + settings.window] for first in range(0, len(rows), settings.window))
@@ -271,5 +273,3 @@ def simulate(
     for first in range(0, len(dealt), ranks):
         tally.add(dealt[first : first + ranks], room)
     return tally, dealt
-
-

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from internvl.data.batching import BatchSettings, group
 from internvl.data.mixture import Mixture
 from internvl.data.packing import Packer, Row, deal
-from internvl.data.splitting import Layout, Piece
+from internvl.data.splitting import Layout, Segment
 
 Cursor = Mapping[str, Any]
 
@@ -30,7 +30,7 @@ class Plan(NamedTuple):
     """In the epoch's order; they seed what is random about a sample."""
     numbers: Int[np.ndarray, " samples"]
     """Of the records."""
-    parts: tuple[Piece | None, ...] = ()
+    parts: tuple[Segment | None, ...] = ()
     """What is taken of each sample; None, or nothing given, is all of it."""
     tokens: int = 0
     """Of a packed row; 0 where it was not planned by size."""
@@ -134,7 +134,9 @@ class Packed:
             seed = [self.mixture.seed, epoch, 2, window]
             rows = deal(rows, packing.hand, np.random.default_rng(seed) if self.mixture.shuffle else None)
             ends = read == len(numbers) and packer.is_empty
-            behind = self._cursor(epoch + 1, 0, 0, []) if ends else self._cursor(epoch, window + 1, read, packer.state())
+            behind = (
+                self._cursor(epoch + 1, 0, 0, []) if ends else self._cursor(epoch, window + 1, read, packer.state())
+            )
             for number, row in enumerate(rows[taken:], taken + 1):
                 yield self._plan(epoch, numbers, row), ({**here, "taken": number} if number < len(rows) else behind)
             if ends and not (window or rows):
@@ -153,7 +155,7 @@ class Packed:
         keep = lru_cache(maxsize=4096)
         return Packer(room, self.settings.packing, keep(lambda place: self.layout(int(numbers[place]), epoch, place)))
 
-    def _piece(self, epoch: int, place: int, number: int) -> Piece:
+    def _piece(self, epoch: int, place: int, number: int) -> Segment:
         tokens, tiles = map(int, self.counts()[number])
         overflow = self.settings.packing.overflow
         limit = None if overflow == "never" else tokens
@@ -161,20 +163,22 @@ class Packed:
         if overflow == "official" and tokens:  # a video has a random number of frames: cuts need the true one
             layout = self.layout(number, epoch, place)
             return layout.part(place, 0, len(layout.learned))
-        return Piece(place, tokens, tiles)
+        return Segment(place, tokens, tiles)
 
     def _plan(self, epoch: int, numbers: Int[np.ndarray, " entries"], row: Row) -> Plan:
-        places = np.asarray([piece.place for piece in row.pieces])
+        places = np.asarray([segment.place for segment in row.segments])
         chosen = numbers[places]
-        parts: tuple[Piece | None, ...] = ()
+        parts: tuple[Segment | None, ...] = ()
         if self.settings.packing.overflow != "never":
-            parts = tuple(self._part(epoch, n, piece) for n, piece in zip(chosen.tolist(), row.pieces, strict=True))
+            parts = tuple(
+                self._part(epoch, n, segment) for n, segment in zip(chosen.tolist(), row.segments, strict=True)
+            )
         return Plan(epoch, places, chosen, parts, row.tokens, row.tiles)
 
-    def _part(self, epoch: int, number: int, piece: Piece) -> Piece | None:
-        if not piece.start and piece.tokens == int(self.counts()[number, 0]):
+    def _part(self, epoch: int, number: int, segment: Segment) -> Segment | None:
+        if not segment.start and segment.tokens == int(self.counts()[number, 0]):
             return None
-        return piece
+        return segment
 
 
 def check_budget(

@@ -87,7 +87,7 @@ class ParquetRecords:
         return {name: value for name, value in self.__dict__.items() if name != "_metadata"} | {"_group": None}
 
     def __len__(self) -> int:
-        return self.bounds[-1]
+        return int(self.bounds[-1])
 
     def record(self, position: int) -> Record:
         source = self.source(position)
@@ -107,7 +107,8 @@ class ParquetRecords:
         if self._group is None or self._group[:2] != (os.getpid(), number):
             with _parquet().ParquetFile(self.path) as file:
                 self._group = os.getpid(), number, file.read_row_group(number).to_pylist()
-        return self._group[2][position - self.bounds[number]]
+        row: dict[str, Any] = self._group[2][position - self.bounds[number]]
+        return row
 
 
 def _parquet() -> Any:
@@ -210,6 +211,4 @@ def _with_pictures(data: Mapping[str, Any], pictures: list[Any], root: str, sour
         names.append(f"picture-{number}")
         contents.append(stored if isinstance(stored, bytes) else str(Path(root) / stored))
     record = parse_record({**data, "image": names}, "", source)
-    return Record(
-        record.turns, tuple(contents), record.video, record.clip, record.source, record.id, record.ignored
-    )
+    return Record(record.turns, tuple(contents), record.video, record.clip, record.source, record.id, record.ignored)

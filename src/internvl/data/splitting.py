@@ -16,8 +16,8 @@ MIN_LEARNED_SHARE = 1 / 256
 """A part of a row that learns no larger share of its tokens is left out (official `check_valid`)."""
 
 
-class Piece(NamedTuple):
-    """A sample, or a part of one, in a row."""
+class Segment(NamedTuple):
+    """A sample, or a part of one, in a packed row."""
 
     place: int
     """Of the sample, in the epoch's order."""
@@ -42,14 +42,14 @@ class Layout(NamedTuple):
     pictures: tuple[Span, ...]
     learned: Bool[np.ndarray, " length"]
 
-    def part(self, place: int, start: int, end: int) -> Piece:
+    def part(self, place: int, start: int, end: int) -> Segment:
         """Tokens [start, end) of the sample; pictures are inside or outside as a whole."""
         before = sum(span.tiles for span in self.pictures if span.start < start)
         inside = sum(span.tiles for span in self.pictures if start <= span.start < end)
-        return Piece(place, end - start, inside, start, before)
+        return Segment(place, end - start, inside, start, before)
 
 
-def own_cut(piece: Piece, limit: int, layout: Layout) -> list[Piece]:
+def own_cut(segment: Segment, limit: int, layout: Layout) -> list[Segment]:
     """Parts of at most `limit` tokens in which every learned token of the sample is learned once.
 
     A cut moves to the start of the picture it would be in; a cut before a learned token repeats the token before it, so
@@ -57,30 +57,31 @@ def own_cut(piece: Piece, limit: int, layout: Layout) -> list[Piece]:
     """
     parts, start, length = [], 0, len(layout.learned)
     if length <= limit:
-        return [layout.part(piece.place, 0, length)]
+        return [layout.part(segment.place, 0, length)]
     while start < length:
         end = min(length, start + limit)
         if end < length:
             end = next((span.start for span in layout.pictures if span.start < end < span.end), end)
         if end <= start + 1:
             raise ValueError(
-                f"a picture or a rest of {length - start} tokens; a row has {limit}; raise batch_tokens or lower max_tiles"
+                f"a picture or a rest of {length - start} tokens; a row has {limit}; "
+                "raise batch_tokens or lower max_tiles"
             )
         if layout.learned[start + 1 : end].any():
-            parts.append(layout.part(piece.place, start, end))
+            parts.append(layout.part(segment.place, start, end))
         start = end - 1 if end < length and layout.learned[end] else end
     return parts
 
 
-def official_cut(pieces: Sequence[Piece], limit: int, layout: Callable[[int], Layout]) -> list[list[Piece]]:
+def official_cut(segments: Sequence[Segment], limit: int, layout: Callable[[int], Layout]) -> list[list[Segment]]:
     """Rows of at most `limit` tokens out of one that is longer, with what the official rule loses.
 
     The row goes on at the cut where that is at a picture, else at the next picture: the words between are lost, as are
     rows without pictures and those that learn next to nothing (official `split_buffer`).
     """
-    rows: list[list[Piece]] = []
-    rest = list(pieces)
-    while sum(piece.tokens for piece in rest) > limit:
+    rows: list[list[Segment]] = []
+    rest = list(segments)
+    while sum(segment.tokens for segment in rest) > limit:
         pictures = _pictures(rest, layout)
         at = bisect_right([span.start for span in pictures], limit)
         if at and limit < pictures[at - 1].end:
@@ -92,40 +93,40 @@ def official_cut(pieces: Sequence[Piece], limit: int, layout: Callable[[int], La
             rows.append(left)
         if begin < 0:
             return rows
-        rest = _between(rest, begin, sum(piece.tokens for piece in rest), layout)
+        rest = _between(rest, begin, sum(segment.tokens for segment in rest), layout)
     if _learns(rest, layout):
         rows.append(rest)
     return rows
 
 
-def _pictures(pieces: Sequence[Piece], layout: Callable[[int], Layout]) -> list[Span]:
+def _pictures(segments: Sequence[Segment], layout: Callable[[int], Layout]) -> list[Span]:
     """The pictures of a row, by their tokens in it."""
     found, offset = [], 0
-    for piece in pieces:
-        spans = layout(piece.place).pictures
-        shift = offset - piece.start
-        end = piece.start + piece.tokens
-        found += [Span(s.start + shift, s.end + shift, s.tiles) for s in spans if piece.start <= s.start < end]
-        offset += piece.tokens
+    for segment in segments:
+        spans = layout(segment.place).pictures
+        shift = offset - segment.start
+        end = segment.start + segment.tokens
+        found += [Span(s.start + shift, s.end + shift, s.tiles) for s in spans if segment.start <= s.start < end]
+        offset += segment.tokens
     return found
 
 
-def _between(pieces: Sequence[Piece], begin: int, end: int, layout: Callable[[int], Layout]) -> list[Piece]:
+def _between(segments: Sequence[Segment], begin: int, end: int, layout: Callable[[int], Layout]) -> list[Segment]:
     """What stands at tokens [begin, end) of a row."""
     found, offset = [], 0
-    for piece in pieces:
-        low, high = max(begin, offset), min(end, offset + piece.tokens)
-        if low < high or (not piece.tokens and begin <= offset < end):  # one that cannot be used: making it says why
-            shift = piece.start - offset
-            found.append(layout(piece.place).part(piece.place, low + shift, high + shift))
-        offset += piece.tokens
+    for segment in segments:
+        low, high = max(begin, offset), min(end, offset + segment.tokens)
+        if low < high or (not segment.tokens and begin <= offset < end):  # one that cannot be used: making it says why
+            shift = segment.start - offset
+            found.append(layout(segment.place).part(segment.place, low + shift, high + shift))
+        offset += segment.tokens
     return found
 
 
-def _has_pictures(pieces: Sequence[Piece]) -> bool:
-    return any(piece.tiles for piece in pieces)
+def _has_pictures(segments: Sequence[Segment]) -> bool:
+    return any(segment.tiles for segment in segments)
 
 
-def _learns(pieces: Sequence[Piece], layout: Callable[[int], Layout]) -> bool:
-    learned = sum(int(layout(p.place).learned[p.start : p.start + p.tokens].sum()) for p in pieces)
-    return learned > MIN_LEARNED_SHARE * sum(piece.tokens for piece in pieces)
+def _learns(segments: Sequence[Segment], layout: Callable[[int], Layout]) -> bool:
+    learned = sum(int(layout(p.place).learned[p.start : p.start + p.tokens].sum()) for p in segments)
+    return learned > MIN_LEARNED_SHARE * sum(segment.tokens for segment in segments)

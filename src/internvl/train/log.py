@@ -126,7 +126,18 @@ class Reporter:
         self._bar.stop()
 
 
-SHOWN = ("step", "loss", "lr", "grad_norm", "samples_per_s", "data_wait_share", "fill", "skipped", "cut", "held_out_loss")
+SHOWN = (
+    "step",
+    "loss",
+    "lr",
+    "grad_norm",
+    "samples_per_s",
+    "data_wait_share",
+    "fill",
+    "skipped",
+    "cut",
+    "held_out_loss",
+)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -52,8 +52,8 @@ def chunked_sum(
 ) -> Float[Tensor, ""]:
     """`weighted_sum` of `head(hidden)`, holding the logits of at most `chunk` tokens at a time.
 
-    Of a plain matrix, gradients are made beside the loss, so no logits are computed twice; a head with adapters, hooks or
-    a sharded table is called as it is and computes each chunk again in the backward pass.
+    Of a plain matrix, gradients are made beside the loss, so no logits are computed twice; a head with adapters, hooks
+    or a sharded table is called as it is and computes each chunk again in the backward pass.
     """
     if isinstance(head, nn.Module) and is_matrix(head):
         return linear_sum(hidden, head.weight, labels, weights, chunk)
@@ -143,13 +143,12 @@ def _chunk_sum(
     learned = labels != IGNORE_INDEX
     weights = torch.where(learned, weights, 0.0)
     targets = labels.clamp(min=0)[:, None]
-    scores -= scores.logsumexp(-1, keepdim=True)  # log-probabilities
-    total = -(scores.gather(1, targets)[:, 0] * weights).sum()
+    chosen, top = scores.gather(1, targets), scores.amax(-1, keepdim=True)
+    sums = scores.sub_(top).exp_().sum(-1, keepdim=True)  # in place: the scores are the largest tensor of a step
+    total = ((sums.log() + top - chosen)[:, 0] * weights).sum()
     if grad_table is None and grad_hidden is None:
         return total
-    scores.exp_()
-    scores.scatter_add_(1, targets, scores.new_full((), -1.0).expand_as(targets))
-    scores *= weights[:, None]
+    scores.mul_(weights[:, None] / sums).scatter_add_(1, targets, -weights[:, None])
     grad_scores = scores.to(table.dtype)
     if grad_hidden is not None:
         grad_hidden[span] = grad_scores @ table
