@@ -6,7 +6,7 @@ Lengths and tiles are those of real records, from text and headers (`internvl da
 drawn mixture of text, pictures, several pictures and videos at 448 px. Part one plans rows and deals them to 8 ranks.
 Part two trains `pocket` with fewer language layers and random weights on the same records at equal memory, that is at
 most so many positions a step, the padding counted: our padded rows, our packed rows, transformers' Trainer with its
-InternVL and padded rows. Tokens are real ones, padding is not counted. TRL does not pack pictures (`sft_trainer.py`), so
+InternVL and padded rows. Tokens are real ones, padding is not counted. TRL does not pack pictures (`sft_trainer.py`):
 it is no peer.
 """
 
