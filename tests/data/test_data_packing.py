@@ -112,7 +112,8 @@ def test_rows_collate_as_officially() -> None:
         torch.testing.assert_close(batch.loss_weights, torch.tensor(expected["loss_weight"]))
 
 
-sizes = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 5)), min_size=1, max_size=60)
+lengths = st.integers(1, 60) | st.integers(1, 6)  # so that now tokens bind, now tiles
+sizes = st.lists(st.tuples(lengths, st.integers(0, 5)), min_size=1, max_size=60)
 
 
 @given(
@@ -211,6 +212,12 @@ def realistic(count: int, seed: int) -> list[tuple[int, int]]:
     return found
 
 
+@pytest.mark.parametrize("search", ["fullest", "official"])
+def test_tiles_alone_can_fill_a_row(search: Any) -> None:
+    for row in simulate([(1, 3)] * 20 + [(9, 2)] * 20, Room(640, 7), Packing(search=search))[1]:
+        assert row.tiles <= 7
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("room", [Room(8192, 48), Room(16384, 96)])
 def test_rows_are_full_and_eight_ranks_hardly_wait(room: Room, seed: int) -> None:
@@ -228,6 +235,13 @@ def test_where_tiles_bind_rows_are_full_of_tiles() -> None:
     found = simulate(realistic(6000, 0), Room(16384, 48))[0].read()  # the official stage 1
     assert found["fill_tiles"] >= 0.97
     assert max(found["idle_tokens"], found["idle_tiles"]) <= 0.02
+
+
+def test_what_is_left_at_the_end_is_packed_once_more() -> None:
+    sizes = realistic(300, 1)  # all rows are open at the end
+    rows = simulate(sizes, Room(8192, 48), seed=None)[1]
+    assert sorted(segment.place for row in rows for segment in row.segments) == list(range(300))
+    assert len(rows) == -(-sum(tokens for tokens, _ in sizes) // 8192)  # 58 without, and 57 are the least
 
 
 def test_undealt_rows_would_keep_ranks_waiting() -> None:
