@@ -120,6 +120,7 @@ class Packed:
         """The rows of the rest of an epoch; the cursor where the next one begins."""
         epoch, window, read = (int(cursor[name]) for name in ("epoch", "window", "read"))
         numbers, packing = self.mixture.epoch(epoch), self.settings.packing
+        check_budget(self.mixture, numbers, self.counts()[numbers], self.settings, packing.overflow != "never")
         packer = self._packer(epoch, numbers)
         packer.load(cursor["open"])
         taken = int(cursor["taken"])
@@ -127,7 +128,7 @@ class Packed:
             here = self._cursor(epoch, window, read, packer.state())
             rows: list[Row] = []
             while len(rows) < packing.window and read < len(numbers):
-                rows += packer.add(self._piece(epoch, read, int(numbers[read])))
+                rows += packer.add(self._sample(epoch, read, int(numbers[read])))
                 read += 1
             if len(rows) < packing.window:
                 rows += packer.drain()
@@ -155,12 +156,11 @@ class Packed:
         keep = lru_cache(maxsize=4096)
         return Packer(room, self.settings.packing, keep(lambda place: self.layout(int(numbers[place]), epoch, place)))
 
-    def _piece(self, epoch: int, place: int, number: int) -> Segment:
-        tokens, tiles = map(int, self.counts()[number])
-        overflow = self.settings.packing.overflow
-        limit = None if overflow == "never" else tokens
-        check_budget(self.mixture, np.asarray([number]), np.asarray([[tokens, tiles]]), self.settings, limit)
-        if overflow == "official" and tokens:  # a video has a random number of frames: cuts need the true one
+    def _sample(self, epoch: int, place: int, number: int) -> Segment:
+        tokens, tiles = self.counts()[number].tolist()
+        if (
+            self.settings.packing.overflow == "official" and tokens
+        ):  # a video has a random number of frames: cuts need the true one
             layout = self.layout(number, epoch, place)
             return layout.part(place, 0, len(layout.learned))
         return Segment(place, tokens, tiles)
@@ -186,10 +186,10 @@ def check_budget(
     numbers: Int[np.ndarray, " samples"],
     counts: Int[np.ndarray, "samples 2"],
     settings: BatchSettings,
-    most_tokens: int | None = None,
+    may_be_cut: bool = False,
 ) -> None:
-    """ValueError naming the record that no batch can hold; `most_tokens` replaces the limit where samples are cut."""
-    limits = (("tokens", settings.tokens if most_tokens is None else most_tokens), ("tiles", settings.tiles))
+    """ValueError naming the largest record, where no batch can hold it."""
+    limits = (("tokens", None if may_be_cut else settings.tokens), ("tiles", settings.tiles))
     for column, (noun, limit) in enumerate(limits):
         at = int(counts[:, column].argmax())
         value = int(counts[at, column])
