@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -99,14 +99,15 @@ def _data_sets(name: str, entry: Mapping[str, Any], folder: Path) -> list[DataSe
     annotation = entry.get("annotation")
     if not isinstance(annotation, str):
         raise ValueError(f"{name}: `annotation` is {annotation!r}; give the path of a JSONL, parquet or tar file")
+    repeat = _number(entry, "repeat_time", name)
     data = DataSet(
         annotation=_find(annotation, folder),
         root=_find(str(entry.get("root", "")), folder),
         name=name,
         augment=bool(entry.get("data_augment", False)),
-        max_tiles=_number(entry, "max_dynamic_patch", name, whole=True),
-        repeat=_number(entry, "repeat_time", name) or 0.0 if "repeat_time" in entry else 1.0,
-        length=_number(entry, "length", name, whole=True),
+        max_tiles=_whole(entry, "max_dynamic_patch", name),
+        repeat=1.0 if repeat is None else repeat,
+        length=_whole(entry, "length", name),
     )
     if "*" not in annotation or os.path.exists(data.annotation):
         return [data]
@@ -120,21 +121,20 @@ def _data_sets(name: str, entry: Mapping[str, Any], folder: Path) -> list[DataSe
     return sets
 
 
-@overload
-def _number(entry: Mapping[str, Any], field: str, name: str, whole: Literal[True]) -> int | None: ...
-
-
-@overload
-def _number(entry: Mapping[str, Any], field: str, name: str, whole: Literal[False] = False) -> float | None: ...
-
-
-def _number(entry: Mapping[str, Any], field: str, name: str, whole: bool = False) -> float | None:
+def _number(entry: Mapping[str, Any], field: str, name: str) -> float | None:
     value = entry.get(field)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or (whole and value != int(value)):
-        raise ValueError(f"{name}: `{field}` is {value!r}; give a {'whole ' if whole else ''}number")
-    return int(value) if whole else float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name}: `{field}` is {value!r}; give a number")
+    return float(value)
+
+
+def _whole(entry: Mapping[str, Any], field: str, name: str) -> int | None:
+    value = _number(entry, field, name)
+    if value is not None and not value.is_integer():
+        raise ValueError(f"{name}: `{field}` is {entry[field]!r}; give a whole number")
+    return None if value is None else int(value)
 
 
 def _find(path: str, folder: Path) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -37,6 +37,7 @@ class Plan(NamedTuple):
     tiles: int = 0
 
 
+@runtime_checkable
 class Plans(Protocol):
     """Batches in their order."""
 

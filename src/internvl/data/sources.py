@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from internvl.data.lines import Lines
 from internvl.data.records import Record, parse_line, parse_record
@@ -22,6 +22,7 @@ RECORD_FIELDS = ("json", "jsonl")
 """Members of a tar that hold the record."""
 
 
+@runtime_checkable
 class Records(Protocol):
     """Records of a file, found by position."""
 
