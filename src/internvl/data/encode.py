@@ -114,13 +114,13 @@ class Encoder:
 
     def counts(self, record: Record, rng: np.random.Generator | None = None) -> Counts:
         """Tokens and tiles that `encode` makes, from the headers of the media alone."""
-        turns, tiles = self._shape(record, rng)
+        turns, tiles = self._measured(record, rng)
         num_tokens = len(self._tokens(turns).ids) + sum(tiles) * self.config.tokens_per_tile - len(tiles)
         return Counts(num_tokens if self.max_length is None else min(num_tokens, self.max_length), sum(tiles))
 
     def layout(self, record: Record, rng: np.random.Generator | None = None) -> Layout:
         """Where pictures and learned tokens stand in what `encode` makes, from headers alone."""
-        turns, tiles = self._shape(record, rng)
+        turns, tiles = self._measured(record, rng)
         tokens = self._tokens(turns)
         lengths = self._lengths(tiles)
         labels = expand(tokens, lengths)[1][: self.max_length]
@@ -130,14 +130,6 @@ class Encoder:
             spans.append(Span(start - 1, start + length + 1, count))  # with the tokens around a picture
             longer += length - 1
         return Layout(tuple(spans), labels != IGNORE_INDEX)
-
-    def _shape(self, record: Record, rng: np.random.Generator | None) -> tuple[Sequence[Turn], list[int]]:
-        """Turns with a mark for every picture or frame, and the tiles of each."""
-        if record.video is None:
-            budget = self._budget(len(record.images))
-            return record.turns, [self._count(source, budget) for source in record.images]
-        tiles = [1] * len(self.frames.choose(probe(record.video), rng, record.clip))
-        return expand_video(record.turns, len(tiles), self.frames.label), tiles
 
     def prompt(
         self,
@@ -208,6 +200,14 @@ class Encoder:
     def _budget(self, num_images: int, max_tiles: int | None = None) -> int:
         """Tiles that each of several images may have, before thumbnails."""
         return max(1, (self.config.max_tiles if max_tiles is None else max_tiles) // max(1, num_images))
+
+    def _measured(self, record: Record, rng: np.random.Generator | None) -> tuple[Sequence[Turn], list[int]]:
+        """Turns, and tiles of each picture or frame, from headers."""
+        if record.video is not None:
+            tiles = [1] * len(self.frames.choose(probe(record.video), rng, record.clip))
+            return expand_video(record.turns, len(tiles), self.frames.label), tiles
+        budget = self._budget(len(record.images))
+        return record.turns, [self._count(source, budget) for source in record.images]
 
     def _count(self, source: Source, budget: int) -> int:
         if not self.config.dynamic_tiles:

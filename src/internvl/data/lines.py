@@ -48,9 +48,10 @@ class Lines:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None, "_index": None}  # a copied index would be in memory
 
-    def number(self, position: int) -> int:
-        """In the file, from 1."""
-        return int(self.index[position, 1])
+    @property
+    def numbers(self) -> Int[np.ndarray, " lines"]:
+        """Of each line in the file, from 1; a view of the index."""
+        return self.index[:-1, 1]
 
     def read(self, position: int) -> bytes:
         """The line, with what ends it; blank lines behind it may follow."""

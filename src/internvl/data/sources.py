@@ -59,7 +59,7 @@ class JsonLines:
         return parse_line(self.lines.read(position), self.root, self.source(position))
 
     def source(self, position: int) -> str:
-        return f"{self.path}:{self.lines.number(position)}"
+        return f"{self.path}:{self.lines.numbers[position]}"
 
 
 class ParquetRecords:
