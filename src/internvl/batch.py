@@ -5,14 +5,27 @@ Tiles travel as uint8 (a quarter of the bytes) and are normalised where the mode
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxtyping import Bool, Float, Int, UInt8
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+class Company(NamedTuple):
+    """What the ranks run at the same time, of which this batch is one part."""
+
+    ranks: int = 0
+    """0 where it is not known beforehand."""
+    tokens: int = 0
+    """Of all."""
+    tiles: int = 0
+    longest: int = 0
+    """Tokens of the longest row: the others wait for it."""
+    most_tiles: int = 0
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,9 @@ class ChatBatch:
     num_samples: int = 0
     sources: tuple[str, ...] = ()
     """File and line of each sample, for messages."""
+    room: int = 0
+    """Tokens that a packed row may hold; 0 where there is no such limit."""
+    company: Company = field(default_factory=Company)
 
     @property
     def num_tiles(self) -> int:

@@ -42,3 +42,9 @@ def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(names["problems"]) == 1
     assert "train.jsonl:3: 2 <image> marks in the questions but 1 images" in names["problems"][0].message
     names["batches"].close()
+
+
+def test_snippets_of_packing_run() -> None:
+    page = (PAGE.parent / "packing.md").read_text(encoding="utf-8")
+    for body in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(body, "packing.md", "exec"), {})

@@ -20,8 +20,9 @@ from PIL import Image
 from internvl.batch import ChatBatch
 from internvl.data.batching import BatchSettings, group
 from internvl.data.encode import Encoder
+from internvl.data.lines import Lines
 from internvl.data.loader import Loader
-from internvl.data.mixture import DataSet, Lines, Mixture, read_sets
+from internvl.data.mixture import DataSet, Mixture, read_sets
 from tiny import tiny_chat_config, tiny_tokenizer
 
 FIELDS = ("input_ids", "labels", "loss_weights", "position_ids", "tiles", "attention_mask", "segments")
@@ -254,7 +255,8 @@ def test_the_official_meta_json_is_read(tmp_path: Path) -> None:
     meta = tmp_path / "meta.json"
     entry = {"root": "pictures", "annotation": "set.jsonl", "data_augment": True, "max_dynamic_patch": 6}
     meta.write_text(json.dumps({"my_set": {**entry, "repeat_time": 2, "length": 3}}))
-    assert read_sets(meta) == [DataSet(str(tmp_path / "set.jsonl"), str(tmp_path / "pictures"), "my_set", True, 6, 2.0)]
+    annotation, root = str(tmp_path / "set.jsonl"), str(tmp_path / "pictures")
+    assert read_sets(meta) == [DataSet(annotation, root, "my_set", True, 6, 2.0, 3)]
     assert read_sets(tmp_path / "set.jsonl") == [DataSet(str(tmp_path / "set.jsonl"), str(tmp_path), "set")]
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from internvl.commands.train import main
 from internvl.data.images import normalise
+from internvl.data.packing import Packing
 from internvl.load import load_checkpoint
 from internvl.pocket import merge
 from internvl.train.loop import train
@@ -52,6 +53,27 @@ def run_here(run: RunConfig) -> Any:
     stage = open_stage(run)
     result = train(run, stage, evaluators=[stage.evaluate])
     return stage, result
+
+
+def test_packed_rows_train_are_measured_and_resume_to_the_bit(inputs: Path, tmp_path: Path) -> None:
+    def run(name: str, **changes: Any) -> RunConfig:
+        made = tiny_run(inputs, tmp_path / name, log_every=1, **changes)
+        packing = Packing(buffer=2, window=4, hand=2)
+        data = replace(made.data, batch_samples=None, batch_tokens=300, packed=True, packing=packing)
+        return replace(made, data=data)
+
+    run_here(run("whole"))
+    stopped = run("stopped", max_minutes=1e-9)  # a step each time
+    steps = [run_here(stopped)[1].step for _ in range(3)]
+    assert steps == [1, 2, 3]
+    run_here(replace(stopped, max_minutes=None))
+    pairs = zip(learned(tmp_path / "whole").values(), learned(tmp_path / "stopped").values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    measured = [line for line in lines if "fill" in line]
+    assert len(measured) == 6
+    assert all(0.5 < line["fill"] <= 1 and line["samples_per_row"] >= 1 for line in measured)
+    assert all(line["idle_tokens"] == line["idle_tiles"] == 0 for line in measured)  # one rank waits for nobody
 
 
 def test_workers_and_resume_change_nothing(inputs: Path, tmp_path: Path) -> None:

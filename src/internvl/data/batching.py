@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Int
 
+from internvl.data.packing import Packing, Room
 from internvl.data.weighting import Weighting
 
 
@@ -27,7 +28,9 @@ class BatchSettings:
     """One row, a segment a sample, instead of padded rows."""
     weighting: Weighting = "token"
     window: int = 1024
-    """Samples, neighbours in the epoch's order, among which partners are sought."""
+    """Samples, neighbours in the epoch's order, among which partners are sought; packed rows have `packing`."""
+    packing: Packing = field(default_factory=Packing, repr=False)
+    """How packed rows with a limit of tokens are filled."""
 
     def __post_init__(self) -> None:
         if self.samples is None and self.tokens is None:
@@ -36,6 +39,11 @@ class BatchSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+
+    @property
+    def room(self) -> Room | None:
+        """What a packed row holds; None where rows are not planned by packing.py."""
+        return Room(self.tokens, self.tiles, self.samples) if self.packed and self.tokens is not None else None
 
     @property
     def is_measured(self) -> bool:

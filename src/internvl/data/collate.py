@@ -72,6 +72,19 @@ def collate_packed(
     )
 
 
+def collate_nothing(pad_id: int, side: int, packed: bool) -> ChatBatch:
+    """A batch of one pad token from which nothing is learned: what a rank runs where all its samples were skipped."""
+    return ChatBatch(
+        input_ids=torch.full((1, 1), pad_id, dtype=torch.int64),
+        labels=torch.full((1, 1), IGNORE_INDEX, dtype=torch.int64),
+        loss_weights=torch.zeros(1, 1),
+        position_ids=torch.zeros(1, 1, dtype=torch.int64),
+        tiles=torch.zeros(0, 3, side, side, dtype=torch.uint8),
+        attention_mask=None if packed else torch.ones(1, 1, dtype=torch.bool),
+        segments=torch.tensor([0, 1], dtype=torch.int32) if packed else None,
+    )
+
+
 def _tiles(samples: Sequence[Sample]) -> Tensor:
     tiles = [sample.tiles for sample in samples if sample.num_tiles]
     if not tiles:

@@ -21,6 +21,7 @@ from internvl.config import ChatConfig
 from internvl.data.images import Limits, Source, compress, header_size, jpeg_augment, open_image, pad_to_square
 from internvl.data.media import FrameSettings, expand_video, probe, read_frames
 from internvl.data.records import Record
+from internvl.data.splitting import Layout, Segment, Span
 from internvl.data.templates import Piece, Template, Turn, find_template, layout, media_of, turns_of
 from internvl.data.tiling import count_tiles, cut, single
 from internvl.data.tokenise import Tokeniser, Tokens, expand, tokeniser_of
@@ -46,6 +47,14 @@ class Sample(NamedTuple):
     @property
     def num_learned(self) -> int:
         return int((self.labels != IGNORE_INDEX).sum())
+
+    def part(self, segment: Segment) -> Sample:
+        """The tokens and tiles of a segment; its first token is not learned, for nothing in the row predicts it."""
+        end, last_tile = segment.start + segment.tokens, segment.first_tile + segment.tiles
+        labels = self.labels[segment.start : end].clone()
+        labels[0] = IGNORE_INDEX
+        tiles = self.tiles[segment.first_tile : last_tile]
+        return Sample(self.input_ids[segment.start : end], labels, tiles, self.source, self.num_cut)
 
 
 class Prompt(NamedTuple):
@@ -105,15 +114,22 @@ class Encoder:
 
     def counts(self, record: Record, rng: np.random.Generator | None = None) -> Counts:
         """Tokens and tiles that `encode` makes, from the headers of the media alone."""
-        turns: Sequence[Turn] = record.turns
-        if record.video is not None:
-            tiles = [1] * len(self.frames.choose(probe(record.video), rng, record.clip))
-            turns = expand_video(turns, len(tiles), self.frames.label)
-        else:
-            budget = self._budget(len(record.images))
-            tiles = [self._count(source, budget) for source in record.images]
+        turns, tiles = self._measured(record, rng)
         num_tokens = len(self._tokens(turns).ids) + sum(tiles) * self.config.tokens_per_tile - len(tiles)
         return Counts(num_tokens if self.max_length is None else min(num_tokens, self.max_length), sum(tiles))
+
+    def layout(self, record: Record, rng: np.random.Generator | None = None) -> Layout:
+        """Where pictures and learned tokens stand in what `encode` makes, from headers alone."""
+        turns, tiles = self._measured(record, rng)
+        tokens = self._tokens(turns)
+        lengths = self._lengths(tiles)
+        labels = expand(tokens, lengths)[1][: self.max_length]
+        spans, longer = [], 0
+        for at, length, count in zip(tokens.image_at.tolist(), lengths, tiles, strict=True):
+            start = at + longer
+            spans.append(Span(start - 1, start + length + 1, count))  # with the tokens around a picture
+            longer += length - 1
+        return Layout(tuple(spans), labels != IGNORE_INDEX)
 
     def prompt(
         self,
@@ -184,6 +200,14 @@ class Encoder:
     def _budget(self, num_images: int, max_tiles: int | None = None) -> int:
         """Tiles that each of several images may have, before thumbnails."""
         return max(1, (self.config.max_tiles if max_tiles is None else max_tiles) // max(1, num_images))
+
+    def _measured(self, record: Record, rng: np.random.Generator | None) -> tuple[Sequence[Turn], list[int]]:
+        """Turns, and tiles of each picture or frame, from headers."""
+        if record.video is not None:
+            tiles = [1] * len(self.frames.choose(probe(record.video), rng, record.clip))
+            return expand_video(record.turns, len(tiles), self.frames.label), tiles
+        budget = self._budget(len(record.images))
+        return record.turns, [self._count(source, budget) for source in record.images]
 
     def _count(self, source: Source, budget: int) -> int:
         if not self.config.dynamic_tiles:

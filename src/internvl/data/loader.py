@@ -7,6 +7,7 @@ the epoch and the place in the epoch, so the number of workers changes nothing.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,22 +17,14 @@ import numpy as np
 from jaxtyping import Int
 from torch.utils.data import DataLoader, Dataset
 
-from internvl.batch import ChatBatch
-from internvl.data.batching import BatchSettings, group
-from internvl.data.collate import collate, collate_packed
+from internvl.batch import ChatBatch, Company
+from internvl.data.batching import BatchSettings
+from internvl.data.collate import collate, collate_nothing, collate_packed
 from internvl.data.encode import Encoder, Sample
 from internvl.data.measure import measure, unchanged
 from internvl.data.mixture import DataSet, Mixture
-
-
-class _Plan(NamedTuple):
-    """One batch to be made."""
-
-    epoch: int
-    places: Int[np.ndarray, " samples"]
-    """In the epoch's order; they seed what is random about a sample."""
-    numbers: Int[np.ndarray, " samples"]
-    """Of the records."""
+from internvl.data.plans import Cursor, Packed, Plain, Plan, Plans
+from internvl.data.splitting import Layout
 
 
 class _Made(NamedTuple):
@@ -51,12 +44,14 @@ class _Work(Dataset[_Made]):
     pad_id: int
     skips: bool
 
-    def __getitem__(self, plan: _Plan) -> _Made:
+    def __getitem__(self, plan: Plan) -> _Made:
         samples: list[Sample] = []
         problems: dict[str, str] = {}
-        for place, number in zip(plan.places.tolist(), plan.numbers.tolist(), strict=True):
+        parts = plan.parts or [None] * len(plan.places)
+        for place, number, part in zip(plan.places.tolist(), plan.numbers.tolist(), parts, strict=True):
             try:
-                samples.append(self._sample(number, np.random.default_rng([self.mixture.seed, plan.epoch, place])))
+                sample = self._sample(number, self._rng(plan.epoch, place))
+                samples.append(sample if part is None else sample.part(part))
             except (ValueError, OSError) as error:
                 problems[self.mixture.source(number)] = str(error)
                 if not self.skips:
@@ -66,6 +61,17 @@ class _Work(Dataset[_Made]):
         join = collate_packed if self.settings.packed else collate
         batch = join(samples, self.pad_id, self.settings.weighting)
         return _Made(batch, problems, sum(sample.num_cut > 0 for sample in samples))
+
+    def layout(self, number: int, epoch: int, place: int) -> Layout:
+        """Where pictures and learned tokens of a record are; of one that cannot be used, nothing."""
+        index, position = self.mixture.locate(number)
+        try:
+            return self.encoders[index].layout(self.mixture.sets[index].record(position), self._rng(epoch, place))
+        except (ValueError, OSError):  # making its sample will say why
+            return Layout((), np.zeros(0, bool))
+
+    def _rng(self, epoch: int, place: int) -> np.random.Generator:
+        return np.random.default_rng([self.mixture.seed, epoch, place])
 
     def _sample(self, number: int, rng: np.random.Generator) -> Sample:
         index, position = self.mixture.locate(number)
@@ -98,37 +104,52 @@ class Loader:
         self._mixture = Mixture(self.sets, self.seed, self.shuffle)
         encoders = [_encoder_of(self.encoder, data) for data in self.sets]
         self._work = _Work(self._mixture, encoders, self.settings, self.pad_id, self.on_error == "skip")
-        self._epoch, self._batch = 0, 0
-        self._known: tuple[int, list[_Plan]] = (-1, [])
+        mixture, settings = self._mixture, self.settings
+        self._plans: Plans = Plain(mixture, settings, lambda: self._counts)
+        if settings.room is not None:
+            self._plans = Packed(mixture, settings, lambda: self._counts, self._work.layout)
+        self._cursor = self._plans.first()
+        self._length: tuple[int, int] = (-1, 0)
 
     def __iter__(self) -> Iterator[ChatBatch]:
         """From where the loader stands, without end."""
-        places: list[tuple[int, int]] = []  # of the batches that workers are ahead
-        for batch in self._make(self._plans_from(self._epoch, self._batch, places)):
-            self._epoch, self._batch = places.pop(0)
-            if batch is not None:
-                yield batch
+        return (batch for batch in self._own(0, 1) if batch is not None)
+
+    def dealt(self, rank: int, num_ranks: int) -> Iterator[ChatBatch | None]:
+        """All batches from where the loader stands, made only where they are this rank's; None for the others.
+
+        Of every `num_ranks` the rank takes one, so no record is lost or doubled, and the place after them all is the
+        same on every rank: another number of ranks goes on from it. Where every sample of a batch was skipped, an
+        empty one keeps the ranks in step.
+        """
+        for batch in self._own(rank, num_ranks):
+            side = self.encoder.config.tile_size
+            mine = batch if batch is not None else collate_nothing(self.pad_id, side, self.settings.packed)
+            yield from (mine if place == rank else None for place in range(num_ranks))
 
     def once(self) -> Iterator[ChatBatch]:
-        """One epoch; the loader's own place stays."""
-        return (batch for batch in self._make(iter(self._plans(0))) if batch is not None)
+        """One epoch, whole on every rank; the loader's own place stays."""
+        return (batch for batch in self._make(self._plans.epoch(0)) if batch is not None)
 
     def __len__(self) -> int:
         """Batches of the epoch in which the loader stands."""
-        return len(self._plans(self._epoch))
+        epoch = int(self._cursor["epoch"])
+        if self._length[0] != epoch:
+            self._length = epoch, sum(1 for _ in self._plans.epoch(epoch))
+        return self._length[1]
 
     def state_dict(self) -> dict[str, Any]:
-        """The place of the next batch, as plain JSON."""
-        return {"epoch": self._epoch, "batch": self._batch, "fingerprint": self._fingerprint}
+        """The place of the next batch, as plain JSON; the same on every rank."""
+        return {**self._cursor, "fingerprint": self._fingerprint}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to the place of a state; data and settings must be those it was taken with."""
+        """Go to the place of a state; data and settings must be those it was taken with, ranks and workers need not."""
         if state["fingerprint"] != self._fingerprint:
             raise ValueError(
                 f"the state is of other data or settings ({state['fingerprint']}, here {self._fingerprint}); "
                 "resume with the same sets, seed, batch settings, max_length and tiles, or start anew"
             )
-        self._epoch, self._batch = int(state["epoch"]), int(state["batch"])
+        self._cursor = {name: value for name, value in state.items() if name != "fingerprint"}
 
     def describe(self, batch: ChatBatch) -> str:
         """Files and lines of a batch."""
@@ -136,59 +157,41 @@ class Loader:
 
     @cached_property
     def _fingerprint(self) -> str:
-        sets = [(data.annotation, len(data.lines), data.repeat, data.max_tiles, data.augment) for data in self.sets]
+        sets = [(data.annotation, len(data), data.repeat, data.max_tiles, data.augment) for data in self.sets]
         settings = (self.seed, self.shuffle, self.settings, self.encoder.max_length, self.encoder.config)
-        return hashlib.sha256(repr((sets, settings)).encode()).hexdigest()[:16]
+        packing = "" if self.settings.room is None else repr(self.settings.packing)
+        return hashlib.sha256((repr((sets, settings)) + packing).encode()).hexdigest()[:16]
 
     # plans
 
     @cached_property
     def _counts(self) -> Int[np.ndarray, "records 2"]:
         """Tokens and tiles of every record."""
-        return np.concatenate(
-            [measure(data, encoder, self.workers) for data, encoder in zip(self.sets, self._work.encoders, strict=True)]
-        )
+        parts = [
+            measure(data, encoder, self.workers) for data, encoder in zip(self.sets, self._work.encoders, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _plans_from(self, epoch: int, batch: int, places: list[tuple[int, int]]) -> Iterator[_Plan]:
-        """Plans from there on; `places` gets where the loader stands after each."""
-        while True:
-            plans = self._plans(epoch)
-            for number, plan in enumerate(plans[batch:], batch + 1):
-                places.append((epoch, number) if number < len(plans) else (epoch + 1, 0))
-                yield plan
-            epoch, batch = epoch + 1, 0
+    def _own(self, rank: int, num_ranks: int) -> Iterator[ChatBatch | None]:
+        """The rank's batches; the loader then stands behind those that the other ranks take with it."""
+        walk = self._plans.walk(self._cursor)
+        ahead: deque[tuple[Cursor, Company]] = deque()  # of the batches that workers are ahead
 
-    def _plans(self, epoch: int) -> list[_Plan]:
-        if self._known[0] != epoch:
-            self._known = epoch, list(self._plan(epoch))
-        return self._known[1]
+        def plans() -> Iterator[Plan]:
+            while True:
+                together = [next(walk) for _ in range(num_ranks)]
+                ahead.append((together[-1][1], _company([plan for plan, _ in together])))
+                yield together[rank][0]
 
-    def _plan(self, epoch: int) -> Iterator[_Plan]:
-        numbers = self._mixture.epoch(epoch)
-        measured = self.settings.is_measured
-        size = self.settings.window if measured else self.settings.samples or 1
-        rng = np.random.default_rng([self.seed, epoch, 1])
-        for first in range(0, len(numbers), size):
-            places = np.arange(first, min(first + size, len(numbers)))
-            if not measured:
-                yield _Plan(epoch, places, numbers[places])
-                continue
-            groups = list(group(self._counts[numbers[places]], self.settings))
-            for at in rng.permutation(len(groups)).tolist() if self.shuffle else range(len(groups)):
-                chosen = places[groups[at]]
-                self._check_budget(numbers[chosen])
-                yield _Plan(epoch, chosen, numbers[chosen])
-
-    def _check_budget(self, numbers: Int[np.ndarray, " samples"]) -> None:
-        tokens, tiles = self._counts[numbers].max(0).tolist()
-        for noun, value, limit in (("tokens", tokens, self.settings.tokens), ("tiles", tiles, self.settings.tiles)):
-            if limit is not None and value > limit:
-                source = self._mixture.source(int(numbers[0]))
-                raise ValueError(f"{source}: {value} {noun}; a batch may have {limit}; raise it or lower max_tiles")
+        for batch in self._make(plans()):
+            self._cursor, company = ahead.popleft()
+            if batch is not None and company.ranks:
+                batch = replace(batch, company=company, room=self.settings.tokens or 0)
+            yield batch
 
     # batches
 
-    def _make(self, plans: Iterator[_Plan]) -> Iterator[ChatBatch | None]:
+    def _make(self, plans: Iterator[Plan]) -> Iterator[ChatBatch | None]:
         """The batch of each plan; None where every sample of it was skipped."""
         num_empty = 0
         for made in self._run(plans):
@@ -202,7 +205,7 @@ class Loader:
                 raise ValueError(f"{num_empty} batches in a row had no usable record; the last: {made.problems}")
             yield made.batch
 
-    def _run(self, plans: Iterator[_Plan]) -> Iterator[_Made]:
+    def _run(self, plans: Iterator[Plan]) -> Iterator[_Made]:
         if not self.workers:
             return (self._work[plan] for plan in plans)
         return iter(
@@ -222,6 +225,13 @@ class Loader:
 def _encoder_of(encoder: Encoder, data: DataSet) -> Encoder:
     config = encoder.config if data.max_tiles is None else replace(encoder.config, max_tiles=data.max_tiles)
     return replace(encoder, config=config, augment=encoder.augment or data.augment)
+
+
+def _company(plans: Sequence[Plan]) -> Company:
+    if not all(plan.tokens for plan in plans):
+        return Company()
+    tokens, tiles = [plan.tokens for plan in plans], [plan.tiles for plan in plans]
+    return Company(len(plans), sum(tokens), sum(tiles), max(tokens), max(tiles))
 
 
 def _sentence(source: str, message: str) -> str:

@@ -26,12 +26,12 @@ class _Chunks(Dataset[Int[np.ndarray, "records 2"]]):
     encoder: Encoder
 
     def __len__(self) -> int:
-        return -(-len(self.data.lines) // _CHUNK)
+        return -(-len(self.data) // _CHUNK)
 
     def __getitem__(self, chunk: int) -> Int[np.ndarray, "records 2"]:
         if chunk >= len(self):
             raise IndexError(chunk)
-        last = min((chunk + 1) * _CHUNK, len(self.data.lines))
+        last = min((chunk + 1) * _CHUNK, len(self.data))
         return np.asarray([self._count(position) for position in range(chunk * _CHUNK, last)], np.int32)
 
     def _count(self, position: int) -> tuple[int, int]:
@@ -46,7 +46,7 @@ def measure(data: DataSet, encoder: Encoder, workers: int = 0) -> Int[np.ndarray
     """Tokens and tiles of each record, in the order of the file."""
     kept = _path(data, encoder)
     if kept.is_file():
-        found: np.ndarray = np.load(kept, allow_pickle=False)
+        found: np.ndarray = np.load(kept, mmap_mode="r", allow_pickle=False)
         return found
     chunks = _Chunks(data, encoder)
     if workers:

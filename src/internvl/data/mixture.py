@@ -1,15 +1,16 @@
-"""Which records an epoch has, and in which order: JSONL sets, their repeats, a seed (spec 5.1).
+"""Which records an epoch has, and in which order: sets, their repeats, a seed (spec 5.1).
 
-Lines are found by byte offset and parsed when needed; batches and workers are loader.py's.
+Records are found by place and parsed when needed (sources.py); batches and workers are loader.py's.
 """
 
 from __future__ import annotations
 
+import glob
 import json
-import mmap
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from internvl.data.records import Record, parse_line
-
-_WINDOW = 1 << 24
-"""Bytes searched for line ends at a time."""
+from internvl.data.lines import Lines
+from internvl.data.records import Record
+from internvl.data.sources import JsonLines, Records, open_records
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """One JSONL file and how it is used: an entry of the official meta JSON."""
+    """One file of records and how it is used: an entry of the official meta JSON."""
 
     annotation: str
     root: str = ""
@@ -37,93 +37,104 @@ class DataSet:
     """Instead of the model's own (`max_dynamic_patch`)."""
     repeat: float = 1.0
     """Times an epoch has each record; of a fraction, a random subset of that size, drawn anew each epoch."""
+    length: int | None = None
+    """Records that the file must have; nothing is checked where it is not given."""
 
     def __post_init__(self) -> None:
-        if not self.repeat > 0:
-            raise ValueError(f"{self.name or self.annotation}: repeat_time {self.repeat}; it must be above 0")
+        name = self.name or self.annotation
+        if not 0 < self.repeat < math.inf:
+            raise ValueError(f"{name}: repeat_time {self.repeat}; it must be above 0")
+        if self.max_tiles is not None and self.max_tiles < 1:
+            raise ValueError(f"{name}: max_dynamic_patch {self.max_tiles}; it must be at least 1, or not given")
 
     @cached_property
+    def records(self) -> Records:
+        return open_records(self.annotation, self.root)
+
+    @property
     def lines(self) -> Lines:
-        return Lines(self.annotation)
-
-    def record(self, position: int) -> Record:
-        """The record at this place among the lines that are not blank."""
-        return parse_line(self.lines.read(position), self.root, self.source(position))
-
-    def source(self, position: int) -> str:
-        return f"{self.annotation}:{self.lines.numbers[position]}"
-
-
-class Lines:
-    """Lines of a file by number, blank ones left out; holds offsets only."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        ends = _line_ends(Path(path))
-        self.starts, self.ends = np.concatenate([np.zeros(1, np.int64), ends[:-1]]), ends
-        self.numbers = np.arange(1, len(ends) + 1)
-        self._file: tuple[int, int] | None = None
-        short = np.flatnonzero(self.ends - self.starts <= 2).tolist()
-        blank = [position for position in short if not self.read(position).strip(b"\r\n")]
-        kept = np.delete(np.arange(len(ends)), blank)
-        self.starts, self.ends, self.numbers = self.starts[kept], self.ends[kept], self.numbers[kept]
-        if not len(kept):
-            raise ValueError(f"{path}: {len(ends)} blank lines and no record; a data set needs at least one")
+        """Of a JSONL file."""
+        if not isinstance(self.records, JsonLines):
+            raise ValueError(f"{self.annotation}: lines are those of a JSONL file; write the records as one")
+        return self.records.lines
 
     def __len__(self) -> int:
-        return len(self.starts)
+        """Records, each counted once."""
+        return len(self.records)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}
+    def record(self, position: int) -> Record:
+        """The record at this place; of JSONL, among the lines that are not blank."""
+        return self.records.record(position)
 
-    def read(self, position: int) -> bytes:
-        if self._file is None or self._file[0] != os.getpid():  # a descriptor of the parent would be closed by it
-            self._file = os.getpid(), os.open(self.path, os.O_RDONLY)
-        start = int(self.starts[position])
-        return os.pread(self._file[1], int(self.ends[position]) - start, start)
+    def source(self, position: int) -> str:
+        return self.records.source(position)
 
-
-def _line_ends(path: Path) -> Int[np.ndarray, " lines"]:
-    """Offset behind each line, the last one with or without its newline."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; check `annotation` in the meta JSON")
-    size = path.stat().st_size
-    if not size:
-        raise ValueError(f"{path}: an empty file; a data set needs at least one record")
-    found = []
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        for start in range(0, size, _WINDOW):
-            block = np.frombuffer(view[start : start + _WINDOW], np.uint8)
-            found.append(np.flatnonzero(block == ord("\n")) + start + 1)
-    ends = np.concatenate(found).astype(np.int64)
-    return ends if len(ends) and ends[-1] == size else np.append(ends, size)
+    def check_length(self) -> None:
+        """ValueError where the file does not have the records that the meta JSON says."""
+        if self.length is not None and self.length != len(self):
+            raise ValueError(
+                f"{self.name or self.annotation}: `length` is {self.length} but {self.annotation} has {len(self)} "
+                "records; correct it, remove it, or look whether the file is whole"
+            )
 
 
 def read_sets(path: str | Path) -> list[DataSet]:
-    """The sets of an official meta JSON, or the one set that a JSONL file is."""
+    """The sets of an official meta JSON, or the one set that a JSONL, parquet or tar file is."""
     file = Path(path)
-    if file.suffix == ".jsonl":
+    if file.suffix in (".jsonl", ".parquet", ".tar"):
         return [DataSet(str(file), str(file.parent), file.stem)]
     try:
         meta = json.loads(file.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); give a meta JSON or a file that ends in .jsonl") from error
+        raise ValueError(
+            f"{path}: not JSON ({error}); give a meta JSON or a file that ends in .jsonl, .parquet or .tar"
+        ) from error
     if not isinstance(meta, dict) or not meta or not all(isinstance(entry, dict) for entry in meta.values()):
         raise ValueError(f"{path}: not a meta JSON; it maps names to objects with `root` and `annotation`")
-    return [_data_set(name, entry, file.parent) for name, entry in meta.items()]
+    return [data for name, entry in meta.items() for data in _data_sets(name, entry, file.parent)]
 
 
-def _data_set(name: str, entry: Mapping[str, Any], folder: Path) -> DataSet:
-    if not isinstance(entry.get("annotation"), str):
-        raise ValueError(f"{name}: `annotation` is {entry.get('annotation')!r}; give the path of a JSONL file")
-    return DataSet(
-        annotation=_find(entry["annotation"], folder),
+def _data_sets(name: str, entry: Mapping[str, Any], folder: Path) -> list[DataSet]:
+    """The set of an entry; of a pattern as `shards/*.tar`, one for each file."""
+    annotation = entry.get("annotation")
+    if not isinstance(annotation, str):
+        raise ValueError(f"{name}: `annotation` is {annotation!r}; give the path of a JSONL, parquet or tar file")
+    repeat = _number(entry, "repeat_time", name)
+    data = DataSet(
+        annotation=_find(annotation, folder),
         root=_find(str(entry.get("root", "")), folder),
         name=name,
         augment=bool(entry.get("data_augment", False)),
-        max_tiles=entry.get("max_dynamic_patch"),
-        repeat=float(entry.get("repeat_time", 1)),
+        max_tiles=_whole(entry, "max_dynamic_patch", name),
+        repeat=1.0 if repeat is None else repeat,
+        length=_whole(entry, "length", name),
     )
+    if "*" not in annotation or os.path.exists(data.annotation):
+        return [data]
+    paths = sorted(glob.glob(annotation)) or sorted(glob.glob(str(folder / annotation)))
+    if not paths:
+        raise FileNotFoundError(f"{name}: no file is called {annotation}; check `annotation`")
+    sets = [replace(data, annotation=path, name=f"{name}/{Path(path).name}", length=None) for path in paths]
+    total = sum(len(one) for one in sets)
+    if data.length is not None and data.length != total:
+        raise ValueError(f"{name}: `length` is {data.length} but {len(paths)} files have {total} records; correct it")
+    return sets
+
+
+def _number(entry: Mapping[str, Any], field: str, name: str) -> float | None:
+    value = entry.get(field)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name}: `{field}` is {value!r}; give a number")
+    return float(value)
+
+
+def _whole(entry: Mapping[str, Any], field: str, name: str) -> int | None:
+    value = _number(entry, field, name)
+    if value is not None and not value.is_integer():
+        raise ValueError(f"{name}: `{field}` is {entry[field]!r}; give a whole number")
+    return None if value is None else int(value)
 
 
 def _find(path: str, folder: Path) -> str:
@@ -138,7 +149,9 @@ class Mixture:
         if not sets:
             raise ValueError("no data sets; name at least one in the meta JSON")
         self.sets, self.seed, self.shuffle = list(sets), seed, shuffle
-        self.bounds = np.cumsum([0, *(len(data.lines) for data in self.sets)])
+        for data in self.sets:
+            data.check_length()
+        self.bounds = np.cumsum([0, *(len(data) for data in self.sets)])
 
     def __len__(self) -> int:
         """Records, each counted once."""
@@ -166,7 +179,7 @@ class Mixture:
 
     def _repeated(self, rng: np.random.Generator) -> Iterator[Int[np.ndarray, " entries"]]:
         for data, first, last in zip(self.sets, self.bounds[:-1], self.bounds[1:], strict=True):
-            numbers = np.arange(first, last)
+            numbers = np.arange(first, last, dtype=np.int32 if self.bounds[-1] < 2**31 else np.int64)
             whole, rest = divmod(data.repeat, 1)
             yield np.tile(numbers, int(whole))
             yield np.sort(rng.choice(numbers, round(rest * len(numbers)), replace=False))

@@ -71,8 +71,32 @@ def _attend_segments(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, causal: 
             f"segments {bounds} do not cover one packed row: batch {q.shape[0]}, {q.shape[2]} queries, "
             f"{k.shape[2]} keys; bounds run from 0 to the length of a single row"
         )
+    if _varlen_runs(q, bounds):
+        return _varlen(q, k, v, bounds, causal, scale)
     parts = [attend(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], causal=causal, scale=scale) for a, b in pairwise(bounds)]
     return torch.cat(parts, dim=2)
+
+
+def _varlen_runs(q: Tensor, bounds: list[int]) -> bool:
+    """Whether one kernel can do all segments: torch's flash attention of unequal lengths, half precision, Ampere on."""
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or len(bounds) <= 2:
+        return False
+    head_width = q.shape[-1]
+    return head_width <= 256 and head_width % 8 == 0 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, bounds: list[int], causal: bool, scale: float | None) -> Tensor:
+    """All segments in one call; keys and values of fewer heads are repeated."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
+    edges, longest = torch.tensor(bounds, dtype=torch.int32, device=q.device), max(b - a for a, b in pairwise(bounds))
+    window = (-1, 0) if causal else (-1, -1)
+    out = varlen_attn(q, k, v, edges, edges, longest, longest, scale=scale, window_size=window)
+    assert isinstance(out, Tensor)
+    return out.transpose(0, 1).unsqueeze(0)
 
 
 def _products_are_faster(q: Tensor, k: Tensor) -> bool:

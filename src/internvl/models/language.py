@@ -127,6 +127,12 @@ class LanguageModel(nn.Module):
         ).last_hidden_state
         return hidden
 
+    @property
+    def output(self) -> nn.Module:
+        """The module that makes scores: a plain matrix where nothing is adapted."""
+        out: nn.Module = self.model.lm_head
+        return out
+
     def head(self, hidden: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch vocab"]:
         """Scores of the next token."""
         out: Tensor = self.model.lm_head(hidden)

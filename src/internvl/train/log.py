@@ -56,8 +56,23 @@ class Meter:
         line = {f"{name}_per_s": round(self.counts[name] / seconds, 3) for name in ("samples", "tokens", "tiles")}
         line["learned_share"] = round(self.counts["learned"] / max(1, self.counts["tokens"]), 5)
         line["data_wait_share"] = round(self.waited_s / seconds, 4)
+        line |= packing(self.counts)
         self._clear()
         return line
+
+
+def packing(counts: Mapping[str, int]) -> dict[str, float]:
+    """Fill of packed rows, samples and tiles a row, idle share of ranks by tokens and by tiles; none without rows."""
+    if not counts.get("room"):
+        return {}
+    rows = counts["rows"]
+    return {
+        "fill": round(counts["tokens"] / counts["room"], 4),
+        "samples_per_row": round(counts["samples"] / rows, 3),
+        "tiles_per_row": round(counts["tiles"] / rows, 3),
+        "idle_tokens": round(1 - counts["company_tokens"] / max(1, counts["longest"]), 4),
+        "idle_tiles": round(1 - counts["company_tiles"] / counts["most_tiles"], 4) if counts["most_tiles"] else 0.0,
+    }
 
 
 def memory_mb(device: torch.device) -> float:
@@ -111,7 +126,18 @@ class Reporter:
         self._bar.stop()
 
 
-SHOWN = ("step", "loss", "lr", "grad_norm", "samples_per_s", "data_wait_share", "skipped", "cut", "held_out_loss")
+SHOWN = (
+    "step",
+    "loss",
+    "lr",
+    "grad_norm",
+    "samples_per_s",
+    "data_wait_share",
+    "fill",
+    "skipped",
+    "cut",
+    "held_out_loss",
+)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -49,7 +50,13 @@ def chunked_sum(
     weights: Float[Tensor, " tokens"],
     chunk: int,
 ) -> Float[Tensor, ""]:
-    """`weighted_sum` of `head(hidden)`, holding the logits of at most `chunk` tokens at a time."""
+    """`weighted_sum` of `head(hidden)`, holding the logits of at most `chunk` tokens at a time.
+
+    Of a plain matrix, gradients are made beside the loss, so no logits are computed twice; a head with adapters, hooks
+    or a sharded table is called as it is and computes each chunk again in the backward pass.
+    """
+    if isinstance(head, nn.Module) and is_matrix(head):
+        return linear_sum(hidden, head.weight, labels, weights, chunk)
     if hidden.shape[0] <= chunk:
         return weighted_sum(head(hidden), labels, weights)
 
@@ -60,4 +67,94 @@ def chunked_sum(
     pieces = zip(hidden.split(chunk), labels.split(chunk), weights.split(chunk), strict=True)
     for piece, piece_labels, piece_weights in pieces:
         total = total + checkpoint(part, piece, piece_labels, piece_weights, use_reentrant=False)
+    return total
+
+
+def is_matrix(head: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether calling the head is one product with its weight: nothing hooked, wrapped, added, quantised or sharded."""
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and type(head.weight) is nn.Parameter
+        and head.weight.is_floating_point()
+        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
+    )
+
+
+def linear_sum(
+    hidden: Float[Tensor, "tokens width"],
+    weight: Float[Tensor, "vocab width"],
+    labels: Int[Tensor, " tokens"],
+    weights: Float[Tensor, " tokens"],
+    chunk: int,
+) -> Float[Tensor, ""]:
+    """`weighted_sum` of `hidden @ weight.T`, `chunk` tokens at a time; gradients are made on the way.
+
+    The loss is a sum, so the gradient of the logits, weight x (softmax - one-hot), is known as soon as they are: three
+    products instead of four, two where the table is frozen. Under autocast the products run in its type.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunks of {chunk} tokens; it must be at least 1")
+    total: Tensor = _LinearSum.apply(hidden, weight, labels, weights, chunk)
+    return total
+
+
+class _LinearSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, chunk: int) -> Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        table = weight.to(dtype)
+        learns_hidden, learns_table = ctx.needs_input_grad[:2]
+        # float32 sums, whatever the products run in: chunks add up without rounding
+        grad_table = torch.zeros_like(weight, dtype=torch.float32) if learns_table else None
+        grad_hidden = torch.empty_like(hidden) if learns_hidden else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for begin in range(0, hidden.shape[0], chunk):
+            span = slice(begin, begin + chunk)
+            piece = hidden[span].to(dtype)
+            total += _chunk_sum(piece, table, labels[span], weights[span].float(), grad_table, grad_hidden, span)
+        ctx.grads = grad_hidden, grad_table
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        grad_hidden, grad_table = ctx.grads
+        ctx.grads = None, None
+        if grad_hidden is not None:
+            grad_hidden.mul_(grads[0].to(grad_hidden.dtype))
+        if grad_table is not None:
+            grad_table = grad_table.mul_(grads[0]).to(ctx.dtype)
+        return grad_hidden, grad_table, None, None, None
+
+
+def _chunk_sum(
+    piece: Tensor,
+    table: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    grad_table: Tensor | None,
+    grad_hidden: Tensor | None,
+    span: slice,
+) -> Tensor:
+    """The loss of a chunk; its part of the gradients is put where it belongs. One buffer of logits is alive."""
+    scores = (piece @ table.T).float()
+    learned = labels != IGNORE_INDEX
+    weights = torch.where(learned, weights, 0.0)
+    targets = labels.clamp(min=0)[:, None]
+    chosen, top = scores.gather(1, targets), scores.amax(-1, keepdim=True)
+    sums = scores.sub_(top).exp_().sum(-1, keepdim=True)  # in place: the scores are the largest tensor of a step
+    total = ((sums.log() + top - chosen)[:, 0] * weights).sum()
+    if grad_table is None and grad_hidden is None:
+        return total
+    scores.mul_(weights[:, None] / sums).scatter_add_(1, targets, -weights[:, None])
+    grad_scores = scores.to(table.dtype)
+    if grad_hidden is not None:
+        grad_hidden[span] = grad_scores @ table
+    if grad_table is not None:
+        if grad_scores.dtype == torch.float32:
+            grad_table.addmm_(grad_scores.T, piece)
+        else:
+            grad_table += grad_scores.T @ piece
     return total

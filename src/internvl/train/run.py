@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_type_hints
+
+from internvl.data.packing import Packing
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +85,8 @@ class Data:
     """Keep the features of each tile while the vision part is frozen, so that it is seen once."""
     features_folder: str = ""
     """Where features are kept on disk; inside the run's folder when empty."""
+    packing: Packing = field(default_factory=Packing)
+    """How packed rows are filled, when `packed` and `batch_tokens` are set."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,242 @@
+"""Records by position: an index that is kept and renewed, damage by line, JSONL, tar and parquet alike."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from internvl.data.lines import Lines
+from internvl.data.mixture import DataSet, Mixture, read_sets
+from internvl.data.shards import write_tar
+from internvl.data.sources import JsonLines, ParquetRecords, TarRecords, open_records
+
+TALK = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "that"}]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTERNVL_CACHE", str(tmp_path / "cache"))
+
+
+def write(path: Path, count: int) -> Path:
+    path.write_text("".join(json.dumps({"id": n, "conversations": TALK}) + "\n" for n in range(count)))
+    return path
+
+
+def png(shade: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (20, 10), (shade,) * 3).save(file, "png")
+    return file.getvalue()
+
+
+def test_the_index_is_kept_and_made_anew_when_the_file_changes(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", 5)
+    assert len(Lines(str(path))) == 5
+    (kept,) = (tmp_path / "cache" / "lines").glob("*.npy")
+    made = kept.stat().st_mtime_ns
+    lines = Lines(str(path))
+    assert kept.stat().st_mtime_ns == made
+    assert isinstance(lines.index, np.memmap)  # on disk, not in memory
+    write(path, 7)
+    assert len(Lines(str(path))) == 7
+    os.utime(path, (1, 1))
+    assert len(Lines(str(path))) == 7
+    assert len(list((tmp_path / "cache" / "lines").glob("*.npy"))) == 3
+
+
+def test_windows_of_the_file_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([b"{}", b"", b"x" * 50, b"\r", b"y" * 9, b"", b"[1]"]))
+    for window in (1, 3, 8, 64):
+        monkeypatch.setattr("internvl.data.lines._WINDOW", window)
+        os.utime(path, (window, window))
+        lines = Lines(str(path))
+        assert lines.numbers.tolist() == [1, 3, 5, 7]
+        assert [lines.read(at).strip() for at in range(len(lines))] == [b"{}", b"x" * 50, b"y" * 9, b"[1]"]
+
+
+def test_a_set_costs_no_memory(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", 20_000)
+    lines = Lines(str(path))
+    lines.read(0)
+    assert len(pickle.dumps(lines)) < 500  # a worker gets the name of the index, not a copy
+    assert Mixture([DataSet(str(path))]).epoch(0).dtype == np.int32
+
+
+def test_a_broken_line_is_named_by_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    good = json.dumps({"conversations": TALK})
+    path.write_text(f"{good}\n\n{{broken\n{good}")
+    records = open_records(str(path))
+    assert len(records) == 3
+    assert records.record(2).source == f"{path}:4"
+    with pytest.raises(ValueError, match=r"a\.jsonl:3: not a JSON line"):
+        records.record(1)
+
+
+def test_a_tar_is_read_at_any_place(tmp_path: Path) -> None:
+    path = tmp_path / "shard.tar"
+    samples: list[tuple[str, dict[str, bytes]]] = []
+    for number in range(4):
+        talk = {"id": number, "image": "lost.png", "conversations": TALK}
+        samples.append((f"s{number}", {"png": png(number), "json": json.dumps(talk).encode()}))
+    two = {"conversations": [{"from": "human", "value": "<image><image>?"}, TALK[1]]}
+    samples.append(("two", {"0.png": png(8), "1.png": png(9), "json": json.dumps(two).encode()}))
+    samples.append(("text", {"json": json.dumps({"conversations": TALK}).encode()}))
+    samples.append(("bad", {"json": b"{"}))
+    samples.append(("none", {"png": png(1)}))
+    write_tar(path, samples)
+    records = pickle.loads(pickle.dumps(open_records(str(path))))
+    assert isinstance(records, TarRecords)
+    assert len(records) == 8
+    for position in (3, 0, 2):
+        record = records.record(position)
+        assert record.images == (png(position),)
+        assert record.id == str(position)
+        assert record.turns[0].text == "<image>\nwhat?"
+    assert records.record(4).images == (png(8), png(9))
+    assert records.record(5).kind == "text"
+    with pytest.raises(ValueError, match=r"shard\.tar:bad: not JSON"):
+        records.record(6)
+    with pytest.raises(ValueError, match=r"shard\.tar:none: fields png; a record has one of json"):
+        records.record(7)
+
+
+def test_bad_tars_are_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(ValueError, match=r"bad\.tar: truncated or damaged"):
+        open_records(str(tmp_path / "bad.tar"))
+    with pytest.raises(ValueError, match="unpack it"):
+        open_records("a.tar.gz")
+    with pytest.raises(FileNotFoundError, match="no such file; check `annotation`"):
+        open_records("gone.tar")
+
+
+class FakeParquet(ModuleType):
+    """As much of pyarrow.parquet as the reader asks for: two row groups."""
+
+    def __init__(self, groups: list[list[dict[str, Any]]]) -> None:
+        super().__init__("pyarrow.parquet")
+        self.groups, self.read = groups, list[int]()
+
+    def ParquetFile(self, path: str) -> Any:
+        import contextlib
+
+        def read(number: int) -> Any:
+            self.read.append(number)
+            return SimpleNamespace(to_pylist=lambda: self.groups[number])
+
+        groups = self.groups
+        metadata = SimpleNamespace(
+            num_row_groups=len(groups), row_group=lambda number: SimpleNamespace(num_rows=len(groups[number]))
+        )
+        return contextlib.nullcontext(SimpleNamespace(metadata=metadata, read_row_group=read))
+
+
+def rows() -> list[dict[str, Any]]:
+    return [
+        {"id": "a", "conversations": TALK, "image": {"bytes": png(1), "path": "x.png"}},
+        {"id": "b", "conversations": json.dumps(TALK), "image": {"bytes": None, "path": "x.png"}},
+        {"id": "c", "conversations": TALK, "image": None},
+        {"id": "d", "conversations": TALK, "images": [{"bytes": None, "path": None}]},
+        {"id": "e", "conversations": "{", "image": None},
+    ]
+
+
+def check_rows(records: ParquetRecords, path: Path) -> None:
+    assert len(records) == 5
+    assert records.record(0).images == (png(1),)
+    assert records.record(1).images == ("root/x.png",)
+    assert records.record(2).kind == "text"
+    with pytest.raises(ValueError, match=r"row 4: picture 0 is empty"):
+        records.record(3)
+    with pytest.raises(ValueError, match=r"row 5: not JSON"):
+        records.record(4)
+
+
+def test_parquet_rows_are_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1")
+    fake = FakeParquet([rows()[:2], rows()[2:]])
+    monkeypatch.setitem(sys.modules, "pyarrow", ModuleType("pyarrow"))
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", fake)
+    records = open_records(str(path), "root")
+    assert isinstance(records, ParquetRecords)
+    check_rows(records, path)
+    assert fake.read == [0, 1]  # a row group stays until another is needed
+    assert len(pickle.dumps(records)) < 2000
+
+
+def test_parquet_rows_of_a_file(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    path = tmp_path / "a.parquet"
+    whole = [{**row, "conversations": json.dumps(TALK) if row["id"] != "e" else "{"} for row in rows()]
+    parquet.write_table(pyarrow.Table.from_pylist(whole), path, row_group_size=2)
+    check_rows(ParquetRecords(str(path), "root"), path)
+
+
+def test_parquet_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ValueError, match=r"internvl\[parquet\]"):
+        open_records(str(tmp_path / "a.parquet"))
+
+
+def test_shards_by_pattern_are_sets(tmp_path: Path) -> None:
+    for number in range(3):
+        write_tar(tmp_path / f"s{number}.tar", [("a", {"json": json.dumps({"conversations": TALK}).encode()})])
+    meta = tmp_path / "meta.json"
+    meta.write_text(json.dumps({"web": {"annotation": "s*.tar", "repeat_time": 2, "length": 3}}))
+    sets = read_sets(meta)
+    assert [data.name for data in sets] == ["web/s0.tar", "web/s1.tar", "web/s2.tar"]
+    assert Mixture(sets).epoch(0).tolist().count(1) == 2
+    meta.write_text(json.dumps({"web": {"annotation": "s*.tar", "length": 4}}))
+    with pytest.raises(ValueError, match="`length` is 4 but 3 files have 3 records"):
+        read_sets(meta)
+    meta.write_text(json.dumps({"web": {"annotation": "t*.tar"}}))
+    with pytest.raises(FileNotFoundError, match=r"no file is called t\*\.tar"):
+        read_sets(meta)
+
+
+def test_a_wrong_length_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", 5)
+    assert len(Mixture([DataSet(str(path), length=5)])) == 5
+    with pytest.raises(ValueError, match=r"`length` is 6 but .* has 5 records"):
+        Mixture([DataSet(str(path), name="mine", length=6)])
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"repeat_time": "two"}, "mine: `repeat_time` is 'two'; give a number"),
+        ({"repeat_time": -1}, "mine: repeat_time -1.0; it must be above 0"),
+        ({"max_dynamic_patch": 2.5}, "mine: `max_dynamic_patch` is 2.5; give a whole number"),
+        ({"max_dynamic_patch": 0}, "mine: max_dynamic_patch 0; it must be at least 1"),
+        ({"length": True}, "mine: `length` is True"),
+    ],
+)
+def test_bad_numbers_in_a_meta_file_are_named(tmp_path: Path, entry: dict[str, Any], message: str) -> None:
+    write(tmp_path / "a.jsonl", 2)
+    meta = tmp_path / "meta.json"
+    meta.write_text(json.dumps({"mine": {"annotation": "a.jsonl", **entry}}))
+    with pytest.raises(ValueError, match=message):
+        read_sets(meta)
+
+
+def test_only_jsonl_has_lines(tmp_path: Path) -> None:
+    write_tar(tmp_path / "s.tar", [("a", {"json": b"{}"})])
+    with pytest.raises(ValueError, match="lines are those of a JSONL file"):
+        _ = DataSet(str(tmp_path / "s.tar")).lines
+    assert isinstance(DataSet(str(write(tmp_path / "a.jsonl", 1))).records, JsonLines)
