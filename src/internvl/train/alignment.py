@@ -7,7 +7,7 @@ the same. What learns, and the weights of the three, is a stage's affair.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from internvl.batch import Texts
 from internvl.models.contrastive import DualModel
 from internvl.models.qllama import Cache
 from internvl.tokens import IGNORE_INDEX
@@ -31,25 +32,11 @@ CAPTION_CHUNK = 1024
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Ids and where they are real; padding on the right."""
-
-    ids: Int[Tensor, "rows length"]
-    mask: Bool[Tensor, "rows length"] | Int[Tensor, "rows length"]
-
-    def rows(self, index: Tensor) -> Texts:
-        return Texts(self.ids[index], self.mask[index])
-
-    def longer_than(self, num_tokens: int) -> Bool[Tensor, " rows"]:
-        """False for texts with nothing but the tokens that every text has."""
-        return self.mask.sum(1) > num_tokens
-
-
-@dataclass(frozen=True)
 class AlignmentBatch:
     """One batch of stage 2: each picture with its text in three forms."""
 
-    pixel_values: Float[Tensor, "pairs 3 height width"]
+    pixel_values: Float[Tensor, "pairs 3 height width"] | None
+    """None where features are handed in."""
     contrast: Texts
     """`summarize:` and the text."""
     match: Texts
@@ -62,6 +49,8 @@ class AlignmentBatch:
     """A text of another picture for each pair, drawn by the data: what the official code matches against."""
     same: Int[Tensor, " pairs"] | None = None
     """Number of each pair's picture: pairs of one picture are no negatives of each other."""
+    valid: Bool[Tensor, " pairs"] | None = None
+    """False for pairs that count in no loss; all count where not given."""
 
 
 def alignment_losses(
@@ -79,18 +68,22 @@ def alignment_losses(
     replaces the pass through a frozen vision encoder.
     """
     if features is None:
+        if batch.pixel_values is None:
+            raise ValueError("the batch has no pictures; give pixel_values, or the features of them")
         features = model.vision(batch.pixel_values)
     seen = Cache()
     images = model.pool_queries(model.qllama.look(features, seen))
     texts = model.encode_text(batch.contrast.ids, batch.contrast.mask)
-    scale, valid = model.logit_scale.exp(), batch.contrast.longer_than(EMPTY_CONTRAST)
+    counted = batch.valid if batch.valid is not None else torch.ones_like(batch.contrast.ids[:, 0], dtype=torch.bool)
+    scale, valid = model.logit_scale.exp(), batch.contrast.longer_than(EMPTY_CONTRAST) & counted
     itc = contrast(images, texts, scale, valid=valid, same=batch.same, smoothing=model.config.label_smoothing)
     if negatives == "hard":
-        usable = batch.match.longer_than(EMPTY_MATCH)
+        usable = batch.match.longer_than(EMPTY_MATCH) & counted
         logits = (scale * images @ texts.T).detach().float()
         rows = hard_rows(batch.match, logits, usable, batch.same, generator)
     elif negatives == "given":
         rows = given_rows(batch)
+        rows = replace(rows, labels=rows.labels.masked_fill(~counted, IGNORE_INDEX))
     else:
         raise ValueError(f"negatives {negatives!r}; they are 'given' or 'hard'")
     return {"itc": itc, "itm": matching(model, features, rows), "itg": captions(model, seen, batch)}
@@ -165,6 +158,8 @@ def captions(model: DualModel, seen: Cache, batch: AlignmentBatch) -> Float[Tens
     """Next-token cross-entropy of all ranks' learned tokens, never more than some logits at a time."""
     states = model.caption_states(seen, batch.caption.ids, batch.caption.mask)
     weights = (batch.labels != IGNORE_INDEX).float()
+    if batch.valid is not None:
+        weights = weights * batch.valid[:, None]
     positions, labels, learned = shift(batch.labels, weights)
     summed = chunked_sum(states.flatten(0, 1)[positions], model.qllama.head, labels, learned, CAPTION_CHUNK)
     return summed * share(learned.sum())
