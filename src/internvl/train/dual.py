@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from internvl.convert.files import open_weights, save_tensors
 from internvl.load_dual import LoadedDual, carry_over, load_dual, save_dual
 from internvl.models.build import build_dual
 from internvl.models.contrastive import DualModel
+from internvl.train.export import cast, merge_exactly
 from internvl.train.run import RunConfig
-from internvl.train.trainable import Learner, set_dtypes
+from internvl.train.trainable import Learner, adapt, set_dtypes
 
 _BLOCK = re.compile(r"(?:vision|qllama)\.layers\.(\d+)\.")
 
@@ -43,16 +44,17 @@ class DualLearner(Learner[DualModel]):
         return part_of(name)
 
     def train_mode(self) -> None:
-        """Drop path where the vision encoder learns; nothing else here knows the mode."""
+        """Drop path and the dropout of adapters where something learns."""
         self.model.eval()
         self.model.vision.train(self.run.vision.learn != "frozen")
+        self.model.qllama.train(self.run.language.learn != "frozen")
 
 
 def choose(model: DualModel, run: RunConfig, wanted: Callable[[str], bool]) -> DualLearner:
     """Freeze and thaw: what the stage wants, where the run's part is full. `wanted` decides by name."""
-    for name in ("vision", "connector", "language"):
+    for name in ("vision", "language"):
         if run.part(name).learn == "lora":
-            raise ValueError(f"{name}.learn is 'lora'; stages on pairs learn 'full' (some layers: layers_from) or not")
+            adapt(model, name, run.part(name), run.precision)
     depths = {"vision": len(model.vision.layers), "language": len(model.qllama.layers)}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(wanted(name) and _thawed(name, run, depths))
@@ -65,7 +67,9 @@ def choose(model: DualModel, run: RunConfig, wanted: Callable[[str], bool]) -> D
 
 def _thawed(name: str, run: RunConfig, depths: dict[str, int]) -> bool:
     part = run.part(part_of(name))
-    if part.learn != "full" or not part.layers_from:
+    if part.learn == "lora":
+        return ".lora_" in name
+    if part.learn == "frozen" or not part.layers_from:
         return part.learn == "full"
     depth = depths[part_of(name)]
     if not -depth <= part.layers_from < depth:
@@ -104,22 +108,15 @@ def _take_head(head: nn.Linear, run: RunConfig) -> None:
     head.weight.copy_(weights.get("lm_head.weight", torch.float32, "cpu"))
 
 
-@dataclass(frozen=True)
-class Exported:
-    """Where a trained dual model was written."""
-
-    model: Path
-    parts: Path
-
-
-def export(learner: DualLearner, tokenizer: Any, out: Path) -> Exported:
-    """The whole model in the official layout, and what learned, by our names. Training is over after it."""
-    dtype = torch.bfloat16 if learner.run.precision == "bf16" else torch.float32
-    for parameter in learner.model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    places = Exported(out / "model", out / "parts")
-    places.parts.mkdir(parents=True, exist_ok=True)
-    learned = {name: p.detach().cpu().contiguous() for name, p in learner.parameters.items()}
-    save_tensors(places.parts / "learned.safetensors", learned)
-    save_dual(learner.model.eval(), tokenizer, places.model)
-    return places
+def export(learner: DualLearner, tokenizer: Any, out: Path) -> None:
+    """`model`: all of it in the official layout; `parts`: what learned, by our names. Training is over after it."""
+    run, model = learner.run, learner.model
+    dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
+    cast(learner.parameters.values(), dtype)
+    (out / "parts").mkdir(parents=True, exist_ok=True)
+    save_tensors(out / "parts" / "learned.safetensors", learner.parameters)
+    if "lora" in (run.vision.learn, run.language.learn):
+        cast(model.parameters(), torch.float32)
+        merge_exactly(model)
+    cast(model.parameters(), dtype)
+    save_dual(model.eval(), tokenizer, out / "model")

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from internvl.train.run import PARTS, Part, RunConfig
 
 if TYPE_CHECKING:
+    from internvl.models.adapters import Adaptable
     from internvl.models.chat import ChatModel
 
 ROWS = "token_rows"
@@ -99,7 +100,7 @@ def choose(model: ChatModel, run: RunConfig, token_ids: Sequence[int] = ()) -> L
         if part.learn == "full":
             _thaw(getattr(model, name), part)
         elif part.learn == "lora":
-            _adapt(model, name, part, run.precision)
+            adapt(model, name, part, run.precision)
     rows = _token_rows(model, run, token_ids)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if rows is not None:
@@ -154,15 +155,16 @@ def _weight(module: nn.Module) -> Tensor:
     return weight
 
 
-def _adapt(model: ChatModel, name: str, part: Part, precision: str) -> None:
+def adapt(model: Adaptable, name: str, part: Part, precision: str) -> None:
+    """Low-rank pairs beside the matrices of one part."""
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
         raise ValueError(f"{name}.learn is 'lora', which needs: pip install 'internvl[train]'") from error
-    from internvl.models.adapters import add_adapters
+    from internvl.models.adapters import add_adapters, module_of
 
     add_adapters(model, part.rank, alpha=part.alpha or 2 * part.rank, dropout=part.dropout, parts=(name,))
-    for module in getattr(model, name).modules():
+    for module in module_of(model, name).modules():
         if isinstance(module, BaseTunerLayer):
             # autocast chooses the type; peft would copy every input to fp32 first
             module.cast_input_dtype_enabled = precision != "bf16"
