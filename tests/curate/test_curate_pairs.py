@@ -87,9 +87,7 @@ def test_plain_pictures_are_told_apart_by_colour(tmp_path: Path) -> None:
     assert judged(pairs) == ["", "", "near"]
 
 
-looks = st.builds(
-    Look, st.integers(0, 2**64 - 1), st.lists(st.integers(0, 255), min_size=3, max_size=3).map(np.array)
-)
+looks = st.builds(Look, st.integers(0, 2**64 - 1), st.lists(st.integers(0, 255), min_size=3, max_size=3).map(np.array))
 
 
 @given(st.lists(looks, max_size=12), looks, st.integers(0, 12), st.lists(st.integers(0, 63), max_size=12))
@@ -189,10 +187,10 @@ def test_other_layouts_become_lines(tmp_path: Path, capsys: Any) -> None:
     ]
     (tmp_path / "k.json").write_text(json.dumps({"images": images}))
     notes = [{"image_id": 7, "caption": "coco number two"}, {"image_id": 9, "caption": "of no picture"}]
-    (tmp_path / "c.json").write_text(
-        json.dumps({"images": [{"id": 7, "file_name": "2.png"}], "annotations": notes})
-    )
-    samples = [(f"../{n}", {"png": (tmp_path / f"{n}.png").read_bytes(), "txt": f"tar number {n}".encode()}) for n in (3, 4)]
+    (tmp_path / "c.json").write_text(json.dumps({"images": [{"id": 7, "file_name": "2.png"}], "annotations": notes}))
+    samples = [
+        (f"../{n}", {"png": (tmp_path / f"{n}.png").read_bytes(), "txt": f"tar number {n}".encode()}) for n in (3, 4)
+    ]
     write_tar(tmp_path / "t.tar", [*samples, ("alone", {"txt": b"no picture"})])
     root = str(tmp_path)
     sets = {

@@ -268,7 +268,7 @@ def test_long_captions_are_cut_and_counted(tmp_path: Path) -> None:
 
 def test_kept_pictures_are_not_opened_and_change_nothing_else(meta: Path) -> None:
     plain = take(loader(meta, settings=replace(SETTINGS, forms="all"), negatives=True), 3)
-    known: set[bytes] = {plain_name for plain_name in named(meta)[:2]}
+    known: set[bytes] = set(named(meta)[:2])
     some = take(loader(meta, settings=replace(SETTINGS, forms="all"), negatives=True, known=known.__contains__), 3)
     for a, b in zip(plain, some, strict=True):
         assert a.sources == b.sources

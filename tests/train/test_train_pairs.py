@@ -25,7 +25,7 @@ from internvl.train.pieces import in_pieces
 from internvl.train.recipes import find_recipe, v1_0
 from internvl.train.run import Optimiser, Pairs, Part, RunConfig, Schedule, from_json, to_json
 from internvl.train.stages import open_stage
-from internvl.zoo import VIT_TINY_6B, VISION
+from internvl.zoo import VISION, VIT_TINY_6B
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +90,7 @@ def test_pieces_equal_the_whole_batch(inputs: Path, tmp_path: Path, frozen: bool
         assert_alike(parts[1], whole[1])
 
 
-def test_drop_path_falls_alike_in_both_passes(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_drop_path_falls_alike_in_both_passes(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the same pieces with their graphs kept; without the generator's state the second pass drops others."""
     run = contrastive(inputs, tmp_path, pairs=Pairs(micro_batch=3, drop_path=0.5))
     cached = loss_and_gradients(run)
@@ -262,7 +260,13 @@ def test_adapters_learn_and_are_merged(inputs: Path, tmp_path: Path) -> None:
     stage: Any = open_stage(run)
     train(run, stage)
     names = learned(run).keys()
-    assert {name.split(".")[0] for name in names} == {"image_pool", "text_projection", "logit_scale", "vision", "qllama"}
+    assert {name.split(".")[0] for name in names} == {
+        "image_pool",
+        "text_projection",
+        "logit_scale",
+        "vision",
+        "qllama",
+    }
     assert all(".lora_" in name for name in names if name.startswith(("vision", "qllama")))
     assert not any(".cross." in name for name in names)
     stage.model.eval()
@@ -275,7 +279,9 @@ def test_adapters_learn_and_are_merged(inputs: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         assert_close(opened.encode_text(texts), trained, rtol=1e-4, atol=1e-5)
     before, after = (load_file(folder / "model" / "model.safetensors") for folder in (inputs, tmp_path / "a"))
-    change = after["qllama.model.layers.1.self_attn.q_proj.weight"] - before["qllama.model.layers.1.self_attn.q_proj.weight"]
+    change = (
+        after["qllama.model.layers.1.self_attn.q_proj.weight"] - before["qllama.model.layers.1.self_attn.q_proj.weight"]
+    )
     assert int(torch.linalg.matrix_rank(change, atol=1e-5)) == 2
 
 
@@ -301,7 +307,9 @@ def test_generative_begins_with_what_c_learned(inputs: Path, tmp_path: Path) -> 
     alone.load_state_dict(whole.model.state_dict(), strict=False)
     save_dual(alone, whole.tokenizer, tmp_path / "c")
     run = generative(inputs, tmp_path / "g", model=str(tmp_path / "c"))
-    with pytest.raises(ValueError, match=r"is InternVL-C, which has no output head for captions; set pairs\.output_head"):
+    with pytest.raises(
+        ValueError, match=r"is InternVL-C, which has no output head for captions; set pairs\.output_head"
+    ):
         open_stage(run)
     (tmp_path / "llama").mkdir()
     save_file({"lm_head.weight": whole.model.qllama.head.weight.detach().clone()}, tmp_path / "llama/model.safetensors")
@@ -408,9 +416,11 @@ def test_the_commands_of_the_tiny_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert result["finished"]
     assert "held_out_itm" in result["metrics"]
     dual: Any = internvl.load("runs/tiny_generative/model")
-    assert dual.match([tmp_path / "runs/tiny-dual-inputs/pairs_pictures/red-blue.png"], ["red beside blue"]).shape == (1,)
+    assert dual.match([tmp_path / "runs/tiny-dual-inputs/pairs_pictures/red-blue.png"], ["red beside blue"]).shape == (
+        1,
+    )
     with pytest.raises(ValueError, match=r"models/chinese_alpaca_lora_7b is not there"):
         find_recipe("v1_0_contrastive").prepare(v1_0.v1_0_contrastive())
+    recipe = find_recipe("pocket_dual_contrastive")
     with pytest.raises(ValueError, match=r"runs/pocket-dual-base is not there"):
-        run = find_recipe("pocket_dual_contrastive")
-        run.prepare(run.make())
+        recipe.prepare(recipe.make())

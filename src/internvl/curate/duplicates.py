@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Int
@@ -48,7 +49,7 @@ class Looks:
             raise ValueError(f"near is {bits} bits; it must be from 0 to {BITS - 1}")
         self.bits = bits
         edges = [round(part * BITS / (bits + 1)) for part in range(bits + 2)]
-        self._parts = list(zip(edges[:-1], edges[1:], strict=True))
+        self._parts = list(pairwise(edges))
         self._seen: dict[tuple[int, int], list[tuple[Look, str]]] = {}
 
     def find(self, wanted: Look) -> str | None:
@@ -65,5 +66,6 @@ class Looks:
 
     def _keys(self, seen: Look) -> list[tuple[int, int]]:
         return [
-            (part, (seen.edges >> first) & ((1 << (last - first)) - 1)) for part, (first, last) in enumerate(self._parts)
+            (part, (seen.edges >> first) & ((1 << (last - first)) - 1))
+            for part, (first, last) in enumerate(self._parts)
         ]

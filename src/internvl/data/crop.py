@@ -29,9 +29,7 @@ def random_crop(
     return _pixels(image, random_box(image.size, area, rng), side)
 
 
-def random_box(
-    size: tuple[int, int], area: tuple[float, float], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
+def random_box(size: tuple[int, int], area: tuple[float, float], rng: np.random.Generator) -> tuple[int, int, int, int]:
     """Left, top, right, bottom in pixels; where ten draws do not fit, the middle with the nearest allowed ratio."""
     width, height = size
     for _ in range(TRIES):

@@ -62,7 +62,7 @@ def parse_pair(line: bytes, root: str = "", source: str = "line") -> Pair:
         raise ValueError(f"{source}: `image` is {str(image)[:60]!r}; give the path of one picture")
     language = data.get("language", "")
     if not isinstance(language, str):
-        raise ValueError(f"{source}: `language` is {language!r}; write it as text, such as \"en\"")
+        raise ValueError(f'{source}: `language` is {language!r}; write it as text, such as "en"')
     captions = _captions(data.get("caption"), source)
     return Pair(os.path.join(root, image), captions, language.strip().lower(), source)
 

@@ -111,7 +111,7 @@ class InternViT(nn.Module):
     ) -> Float[Tensor, "tiles positions dim"]:
         """Output of the tapped block: an index into [embeddings, block 1, ...]. Later blocks do not run.
 
-        With `kept` only these patches of each tile are seen, and the class token (masking as in FLIP, arXiv 2212.00794).
+        With `kept` only the class token and these patches of each tile are seen (masking as in FLIP, arXiv 2212.00794).
         """
         x: Tensor = self.embeddings(tiles)
         if kept is not None:

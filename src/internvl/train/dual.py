@@ -102,13 +102,13 @@ def _take_head(head: nn.Linear, run: RunConfig) -> None:
     shape = weights.shapes.get("lm_head.weight")
     if shape != tuple(head.weight.shape):
         raise ValueError(
-            f"{run.pairs.output_head}: lm_head.weight is {shape}, the model's head {tuple(head.weight.shape)}; give the "
-            "folder of the LLaMA that it began as"
+            f"{run.pairs.output_head}: lm_head.weight is {shape}, the model's {tuple(head.weight.shape)}; give the folder "
+            "of the LLaMA that it began as"
         )
     head.weight.copy_(weights.get("lm_head.weight", torch.float32, "cpu"))
 
 
-def export(learner: DualLearner, tokenizer: Any, out: Path) -> None:
+def export(learner: Learner[DualModel], tokenizer: Any, out: Path) -> None:
     """`model`: all of it in the official layout; `parts`: what learned, by our names. Training is over after it."""
     run, model = learner.run, learner.model
     dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32

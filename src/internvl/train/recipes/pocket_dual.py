@@ -1,7 +1,7 @@
 """How `pocket-dual` is made on two cores: InternVL-C and -G in small, from packaged base weights.
 
 The ViT is frozen, so each picture is seen once and its features stay in memory; the LLaMA learns through adapters, so
-that what ships stays small. `runs/pocket-dual-base` holds the parts as a dual model (official layout) with its tokenizer.
+that what ships stays small. `runs/pocket-dual-base` holds the parts as one model in the official layout.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def pocket_dual_contrastive() -> RunConfig:
 def pocket_dual_generative() -> RunConfig:
     """`pocket-dual`, stage 2, from stage 1: queries, cross-attention and heads; ViT and LLaMA frozen; two cores.
 
-    Frozen and learned parts, betas and decay as paper 1.0, table 20; peak 5e-4, ten times the paper's, whose batches are
-    hundreds of times larger; hard negatives of the batch (BLIP-2), which small data needs.
+    Frozen and learned parts, betas and decay as paper 1.0, table 20; peak 5e-4, ten times the paper's, since new parts
+    are a thousand times smaller; hard negatives of the batch (BLIP-2), which small data needs.
     Command: internvl train pocket_dual_generative
     """
     run = pocket_dual_contrastive()

@@ -1,4 +1,4 @@
-"""InternVL 1.0 (arXiv 2312.14238): contrastive pre-training in two phases, then the generative stage; tiny runs of both.
+"""InternVL 1.0 (arXiv 2312.14238): contrastive pre-training in two phases, the generative stage; tiny runs of both.
 
 Settings are those of table 20 and appendix A.3 of the paper; its stage 1 ran on 640 GPUs with 256 pairs each, its stage
 2 on 160 with 128 each. Fewer GPUs see the same joint batch with a larger `data.batch_samples` and `pairs.micro_batch`.
@@ -28,7 +28,7 @@ TINY = "runs/tiny-dual-inputs"
 
 
 def v1_0_contrastive() -> RunConfig:
-    """InternVL 1.0, stage 1, first phase: everything learns from 28.2 billion pairs at 196 px, half of the patches seen.
+    """InternVL 1.0, stage 1, first phase: everything learns, 28.2 billion pairs at 196 px, half of the patches seen.
 
     Paper 1.0, table 20: AdamW 0.9, 0.95, decay 0.1, peak 1e-3 (pictures) and 1e-4 (texts), 5,000 steps of warm-up,
     cosine, joint batch 164K, uniform drop path 0.2, half of the patches masked, random resized crop, bf16. The two
@@ -72,11 +72,11 @@ def v1_0_contrastive_224() -> RunConfig:
 
 
 def v1_0_generative() -> RunConfig:
-    """InternVL 1.0, stage 2: cross-attention, queries and heads learn contrast, matching and captions; 1.6 billion pairs.
+    """InternVL 1.0, stage 2: cross-attention, queries and heads learn contrast, matching, captions; 1.6 billion pairs.
 
     Paper 1.0, table 20: AdamW 0.9, 0.98, decay 0.05, peak 5e-5, 2,000 steps of warm-up, cosine, joint batch 20K, 80,000
-    steps, 224 px, no drop path, bf16; losses 1 : 1 : 1. Negatives of matching as in the official code; `--pairs.negatives
-    hard` draws similar ones as BLIP-2 does. Command: internvl train v1_0_generative --data.meta pairs/strict.json
+    steps, 224 px, no drop path, bf16; losses 1 : 1 : 1. Negatives of matching as in the official code;
+    `--pairs.negatives hard` draws similar ones as BLIP-2 does. Command: internvl train v1_0_generative --data.meta pairs/strict.json
     """
     run = v1_0_contrastive()
     return replace(
@@ -94,7 +94,7 @@ def v1_0_generative() -> RunConfig:
 
 
 def tiny_contrastive() -> RunConfig:
-    """Stage 1 of InternVL 1.0 in seconds: a random model tells 30 two-coloured pictures apart, half of the patches seen.
+    """Stage 1 of InternVL 1.0 in seconds: a random model tells 30 two-coloured pictures apart, half of each seen.
 
     Rates found by trying. Command: internvl train tiny_contrastive
     """

@@ -71,7 +71,7 @@ def held_out(
     scale: Float[Tensor, ""],
     same: Int[Tensor, " pairs"],
 ) -> dict[str, float]:
-    """The contrastive loss and recall at 1 of this rank's pairs alone; pairs of one picture are right for each other."""
+    """Contrastive loss and recall at 1 of this rank's pairs alone; pairs of one picture are right for each other."""
     logits = scale * images @ texts.T
     right = (same[:, None] == same).float()
     targets = right / right.sum(1, keepdim=True)

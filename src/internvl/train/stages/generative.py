@@ -7,6 +7,7 @@ is seen by the vision encoder without a graph. The losses are alignment.py's.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from internvl.batch import PairBatch
 from internvl.data.image_text import Forms
-from internvl.train.alignment import AlignmentBatch, alignment_losses
+from internvl.train.alignment import AlignmentBatch, Negatives, alignment_losses
 from internvl.train.dual import is_generative, open_generative, part_of
 from internvl.train.run import RunConfig
 from internvl.train.stages.pairs import PairStage, with_tokenizer
@@ -47,7 +48,7 @@ class Generative(PairStage):
         means = {f"held_out_{name}": value / count for name, value in sums.items()}
         return {"held_out_loss": sum(means.values()), **means}
 
-    def _means(self, batch: PairBatch, negatives: str) -> dict[str, Float[Tensor, ""]]:
+    def _means(self, batch: PairBatch, negatives: Literal["random", "hard"]) -> dict[str, Float[Tensor, ""]]:
         frozen = self.run.vision.learn == "frozen"
         features = self.features(batch) if frozen else self._look(batch.pixels, batch.kept)
         assert batch.match is not None
@@ -63,7 +64,7 @@ class Generative(PairStage):
             same=batch.same,
             valid=batch.valid,
         )
-        kind = "hard" if negatives == "hard" else "given"
+        kind: Negatives = "hard" if negatives == "hard" else "given"
         return alignment_losses(self.model, whole, negatives=kind, features=features)
 
 

@@ -19,10 +19,12 @@ from internvl.data.images import normalise
 from internvl.data.mixture import read_sets
 from internvl.data.pair_loader import PairLoader
 from internvl.load_dual import LoadedDual
+from internvl.models.contrastive import DualModel
 from internvl.parallel import collectives
 from internvl.train import dual
 from internvl.train.features import MemoryStore
 from internvl.train.run import RunConfig
+from internvl.train.trainable import Learner
 
 VISION_PIECE = 64
 """Pictures that a frozen vision encoder sees at a time where the run does not say."""
@@ -90,7 +92,7 @@ class PairStage:
     def lost(self) -> tuple[int, Mapping[str, str]]:
         return self.loader.num_cut, self.loader.skipped
 
-    def export(self, learner: dual.DualLearner, out: Path) -> None:
+    def export(self, learner: Learner[DualModel], out: Path) -> None:
         dual.export(learner, self.tokenizer, out)
 
     def bound_scale(self) -> None:
@@ -121,7 +123,7 @@ class PairStage:
         config, side = loaded.config, self.run.pairs.side or loaded.config.side
         settings = PairSettings(side, config.vision.patch_size, forms=self.forms)
         if learning:
-            settings = replace(settings, area=tuple(pairs.area), mask_share=pairs.mask_share)
+            settings = replace(settings, area=(pairs.area[0], pairs.area[1]), mask_share=pairs.mask_share)
         sets = read_sets(meta)
         if not learning and data.held_out_samples is not None:
             share = min(1.0, data.held_out_samples / sum(len(some.lines) for some in sets))
