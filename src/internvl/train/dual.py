@@ -102,8 +102,8 @@ def _take_head(head: nn.Linear, run: RunConfig) -> None:
     shape = weights.shapes.get("lm_head.weight")
     if shape != tuple(head.weight.shape):
         raise ValueError(
-            f"{run.pairs.output_head}: lm_head.weight is {shape}, the model's {tuple(head.weight.shape)}; give the folder "
-            "of the LLaMA that it began as"
+            f"{run.pairs.output_head}: lm_head.weight is {shape}, the model's {tuple(head.weight.shape)}; give the "
+            "folder of the LLaMA that it began as"
         )
     head.weight.copy_(weights.get("lm_head.weight", torch.float32, "cpu"))
 

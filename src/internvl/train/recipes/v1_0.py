@@ -76,7 +76,8 @@ def v1_0_generative() -> RunConfig:
 
     Paper 1.0, table 20: AdamW 0.9, 0.98, decay 0.05, peak 5e-5, 2,000 steps of warm-up, cosine, joint batch 20K, 80,000
     steps, 224 px, no drop path, bf16; losses 1 : 1 : 1. Negatives of matching as in the official code;
-    `--pairs.negatives hard` draws similar ones as BLIP-2 does. Command: internvl train v1_0_generative --data.meta pairs/strict.json
+    `--pairs.negatives hard` draws similar ones as BLIP-2 does.
+    Command: internvl train v1_0_generative --data.meta pairs/strict.json
     """
     run = v1_0_contrastive()
     return replace(
