@@ -22,7 +22,7 @@ from internvl.load_dual import extend_llama, load_dual, save_dual
 from internvl.models.build import build_dual
 from internvl.train.loop import Trainer, train
 from internvl.train.pieces import in_pieces
-from internvl.train.recipes import find_recipe, v1_0
+from internvl.train.recipes import RECIPES, find_recipe, v1_0
 from internvl.train.run import Optimiser, Pairs, Part, RunConfig, Schedule, from_json, to_json
 from internvl.train.stages import open_stage
 from internvl.zoo import VISION, VIT_TINY_6B
@@ -88,6 +88,18 @@ def test_pieces_equal_the_whole_batch(inputs: Path, tmp_path: Path, frozen: bool
         parts = loss_and_gradients(cut)
         assert_alike(parts[0], whole[0])
         assert_alike(parts[1], whole[1])
+
+
+@pytest.mark.parametrize("negatives", ["random", "hard"])
+def test_pieces_of_stage_2_equal_the_whole_batch(inputs: Path, tmp_path: Path, negatives: Any) -> None:
+    """Contrast, matching and captions; also where the vision encoder learns through all three."""
+    pairs = Pairs(area=(1.0, 1.0), negatives=negatives)
+    for vision in (Part(), Part("full")):
+        whole = loss_and_gradients(generative(inputs, tmp_path, pairs=pairs, vision=vision))
+        parts = loss_and_gradients(generative(inputs, tmp_path, pairs=replace(pairs, micro_batch=3), vision=vision))
+        assert_alike(parts[0], whole[0])
+        assert_alike(parts[1], whole[1])
+        assert any(name.startswith("vision.") for name in whole[1]) == (vision.learn == "full")
 
 
 def test_drop_path_falls_alike_in_both_passes(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,6 +415,18 @@ def test_recipes_state_the_paper() -> None:
     assert VISION["InternViT-6B-224px"].image_size == 224
     for run in (first, second, third):
         assert from_json(json.loads(json.dumps(to_json(run)))) == run
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in RECIPES if name.startswith(("v1_0_", "pocket_dual_", "tiny_contr", "tiny_gen"))]
+)
+def test_every_recipe_runs_two_steps_in_small(tmp_path: Path, name: str) -> None:
+    run = v1_0.shrunk(find_recipe(name).make(), tmp_path)
+    result = train(run, open_stage(run))
+    assert result.finished
+    assert result.step == 2
+    assert result.metrics["loss"] > 0
+    internvl.load(tmp_path / "run" / "model")
 
 
 def test_the_commands_of_the_tiny_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -21,6 +21,7 @@ from internvl.models.qllama import Cache
 from internvl.tokens import IGNORE_INDEX
 from internvl.train.contrast import contrast, share
 from internvl.train.losses import chunked_sum, shift
+from internvl.train.pieces import in_pieces
 
 Negatives = Literal["given", "hard"]
 
@@ -60,20 +61,22 @@ def alignment_losses(
     negatives: Negatives = "given",
     generator: torch.Generator | None = None,
     features: Float[Tensor, "pairs positions dim"] | None = None,
+    piece: int | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """ "itc", "itm" and "itg", each a mean over all ranks' pairs or tokens as `contrast` returns it.
 
     `negatives` "given" matches the first half of the pictures with `batch.negatives` and the second with their own
     texts (official); "hard" draws them in the batch by similarity from `generator` (BLIP-2), 3 rows a pair. `features`
-    replaces the pass through a frozen vision encoder.
+    replaces the pass through a frozen vision encoder. With `piece`, so many rows are in a graph at a time: the same
+    losses and gradients from less memory, for a second look at the pictures and a second pass (`pieces.py`).
     """
     if features is None:
         if batch.pixel_values is None:
             raise ValueError("the batch has no pictures; give pixel_values, or the features of them")
         features = model.vision(batch.pixel_values)
-    seen = Cache()
-    images = model.pool_queries(model.qllama.look(features, seen))
-    texts = model.encode_text(batch.contrast.ids, batch.contrast.mask)
+    seen = Cache() if piece is None else None
+    images = in_pieces(lambda some: model.pool_queries(model.qllama.look(some, seen)), [features], piece)
+    texts = in_pieces(model.encode_text, [batch.contrast.ids, batch.contrast.mask], piece)
     counted = batch.valid if batch.valid is not None else torch.ones_like(batch.contrast.ids[:, 0], dtype=torch.bool)
     scale, valid = model.logit_scale.exp(), batch.contrast.longer_than(EMPTY_CONTRAST) & counted
     itc = contrast(images, texts, scale, valid=valid, same=batch.same, smoothing=model.config.label_smoothing)
@@ -86,7 +89,8 @@ def alignment_losses(
         rows = replace(rows, labels=rows.labels.masked_fill(~counted, IGNORE_INDEX))
     else:
         raise ValueError(f"negatives {negatives!r}; they are 'given' or 'hard'")
-    return {"itc": itc, "itm": matching(model, features, rows), "itg": captions(model, seen, batch)}
+    itg = captions(model, caption_states(model, features, seen, batch.caption, piece), batch)
+    return {"itc": itc, "itm": matching(model, features, rows, piece), "itg": itg}
 
 
 @dataclass(frozen=True)
@@ -147,16 +151,34 @@ def draw(logits: Tensor, allowed: Tensor, generator: torch.Generator | None) -> 
     return drawn.masked_fill(nothing[:, 0], 0)
 
 
-def matching(model: DualModel, features: Tensor, rows: MatchRows) -> Float[Tensor, ""]:
+def matching(model: DualModel, features: Tensor, rows: MatchRows, piece: int | None = None) -> Float[Tensor, ""]:
     """Two-way cross-entropy, of all ranks' rows with a label."""
-    logits = model.match_logits(features, rows.texts.ids, rows.texts.mask, rows.image_of_row)
+    ids, mask, places = rows.texts.ids, rows.texts.mask, rows.image_of_row
+    if piece is None:
+        logits = model.match_logits(features, ids, mask, places)
+    else:
+        logits = in_pieces(lambda i, m, at: model.match_logits(features[at], i, m), [ids, mask, places], piece)
     losses = F.cross_entropy(logits.float(), rows.labels, ignore_index=IGNORE_INDEX, reduction="sum")
     return losses * share((rows.labels != IGNORE_INDEX).sum().float())
 
 
-def captions(model: DualModel, seen: Cache, batch: AlignmentBatch) -> Float[Tensor, ""]:
+def caption_states(
+    model: DualModel, features: Tensor, seen: Cache | None, texts: Texts, piece: int | None
+) -> Float[Tensor, "rows length width"]:
+    """After the queries in `seen`; without it the pictures are looked at again, some at a time."""
+    if seen is not None:
+        return model.caption_states(seen, texts.ids, texts.mask)
+
+    def looked(some: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        again = Cache()
+        model.qllama.look(some, again)
+        return model.caption_states(again, ids, mask)
+
+    return in_pieces(looked, [features, texts.ids, texts.mask], piece)
+
+
+def captions(model: DualModel, states: Float[Tensor, "rows length width"], batch: AlignmentBatch) -> Float[Tensor, ""]:
     """Next-token cross-entropy of all ranks' learned tokens, never more than some logits at a time."""
-    states = model.caption_states(seen, batch.caption.ids, batch.caption.mask)
     weights = (batch.labels != IGNORE_INDEX).float()
     if batch.valid is not None:
         weights = weights * batch.valid[:, None]

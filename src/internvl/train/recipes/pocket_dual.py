@@ -42,7 +42,7 @@ def pocket_dual_contrastive() -> RunConfig:
         log_every=10,
         save_every=100,
         eval_every=500,
-        pairs=Pairs(micro_batch=64, area=(1.0, 1.0)),
+        pairs=Pairs(area=(1.0, 1.0)),
     )
 
 
@@ -63,7 +63,7 @@ def pocket_dual_generative() -> RunConfig:
         data=replace(run.data, batch_samples=24, held_out_samples=192),
         optimiser=Optimiser(peak_lr=5e-4, betas=(0.9, 0.98), weight_decay=0.05),
         schedule=Schedule(steps=4000, warmup_share=0.03),
-        pairs=replace(run.pairs, micro_batch=None, negatives="hard"),
+        pairs=replace(run.pairs, negatives="hard"),
     )
 
 

@@ -65,7 +65,8 @@ class Generative(PairStage):
             valid=batch.valid,
         )
         kind: Negatives = "hard" if negatives == "hard" else "given"
-        return alignment_losses(self.model, whole, negatives=kind, features=features)
+        piece = self.run.pairs.micro_batch
+        return alignment_losses(self.model, whole, negatives=kind, features=features, piece=piece)
 
 
 def open_generative_stage(run: RunConfig) -> Generative:

@@ -157,7 +157,7 @@ def _check(run: RunConfig) -> None:
     if run.accumulate != 1:
         raise ValueError(
             f"accumulate is {run.accumulate}; pairs of another micro-batch would be no negatives: raise "
-            "data.batch_samples instead, with pairs.micro_batch (contrastive) or grad_checkpoint for memory"
+            "data.batch_samples instead, and set pairs.micro_batch to what fits into memory"
         )
     if data.batch_tokens is not None or data.batch_tiles is not None:
         raise ValueError("data.batch_tokens and data.batch_tiles have no meaning for pairs; set data.batch_samples")
