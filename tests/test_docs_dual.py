@@ -30,18 +30,3 @@ def test_sizes_are_those_of_the_table() -> None:
         name: (f"{len(build_dual(config, device='meta').state_dict()):,}", f"{config.num_parameters:,}")
         for name, config in DUAL.items()
     }
-
-
-def test_commands_of_the_tiny_runs_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As they stand, but for fewer steps; what they leave is named on the page and opens."""
-    import internvl
-    from internvl.cli import main
-
-    monkeypatch.chdir(tmp_path)
-    lines = re.findall(r"^internvl (train tiny_\w+)$", PAGE, flags=re.MULTILINE)
-    assert len(lines) == 2
-    for line in lines:
-        assert main([*line.split(), "--schedule.steps", "2"]) == 0
-    assert "runs/tiny_generative/model" in PAGE
-    assert isinstance(internvl.load("runs/tiny_generative/model"), internvl.Dual)
-    assert (tmp_path / "runs/tiny_generative/parts/learned.safetensors").is_file()
