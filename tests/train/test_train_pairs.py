@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny_pairs import assert_alike, contrastive, generative, loss_and_gradients, write_inputs
+from tiny_pairs import assert_alike, contrastive, generative, held_out, loss_and_gradients, write_inputs
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -116,7 +116,7 @@ def _on_rank(rank: int, ranks: int, runs: list[dict[str, Any]], folder: str) -> 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     for number, run in enumerate(runs):
-        torch.save(loss_and_gradients(from_json(run)), f"{folder}/{number}-{rank}.pt")
+        torch.save((*loss_and_gradients(from_json(run)), held_out(from_json(run))), f"{folder}/{number}-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -125,11 +125,15 @@ def test_two_ranks_equal_one(inputs: Path, tmp_path: Path) -> None:
     text a pair: its first and second half depend on the rank, so only contrast and captions are those of one batch."""
     one = [contrastive(inputs, tmp_path, pairs=Pairs(micro_batch=3, mask_share=0.5))]
     one.append(generative(inputs, tmp_path, pairs=Pairs(area=(1.0, 1.0))))
-    half = [to_json(replace(run, data=replace(run.data, batch_samples=4))) for run in one]
+    scored = {"held_out": str(inputs / "held_out.jsonl"), "held_out_samples": 8}
+    half = [to_json(replace(run, data=replace(run.data, batch_samples=4, **scored))) for run in one]
     mp.start_processes(_on_rank, (2, half, str(tmp_path)), nprocs=2, start_method="spawn")
     for number, run in enumerate(one):
         ranks = [torch.load(tmp_path / f"{number}-{rank}.pt") for rank in range(2)]
         losses, grads = loss_and_gradients(run)
+        alone = held_out(from_json(half[number]))
+        for rank in ranks:
+            assert rank[2] == pytest.approx(alone, abs=1e-4)
         joint = {name: (ranks[0][0][name] + ranks[1][0][name]) / 2 for name in losses}
         same = losses.keys() - {"itm"}
         assert_alike({name: joint[name] for name in same}, {name: losses[name] for name in same})

@@ -55,6 +55,14 @@ def loss_and_gradients(run: RunConfig, seed: int = 0) -> tuple[dict[str, Tensor]
     return {name: loss.detach() for name, loss in losses.items()}, grads
 
 
+def held_out(run: RunConfig) -> dict[str, float]:
+    """What the untrained model scores on the held-out pairs."""
+    stage: Any = open_stage(run)
+    stage.begin(run, torch.device("cpu"))
+    with torch.no_grad():
+        return stage.evaluate(torch.device("cpu"))
+
+
 def assert_alike(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     for name, expected in b.items():

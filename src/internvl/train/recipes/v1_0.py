@@ -146,7 +146,10 @@ def prepare(run: RunConfig) -> None:
 
 
 def write_base(folder: Path, seed: int = 0, llama: str = LLAMA) -> None:
-    """A random InternViT-6B (table 20: random) beside the LLaMA, with the parts of stage 2 already there, random."""
+    """A random InternViT-6B (table 20: random) beside the LLaMA, with the parts of stage 2 already there, random.
+
+    In float32: 83 GB of memory, 55 GB on disk.
+    """
     from internvl.load_dual import extend_llama, save_dual
     from internvl.zoo import VISION
 

@@ -6,6 +6,7 @@ is seen by the vision encoder without a graph. The losses are alignment.py's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from internvl.batch import PairBatch
 from internvl.data.image_text import Forms
+from internvl.parallel import collectives
 from internvl.train.alignment import AlignmentBatch, Negatives, alignment_losses
 from internvl.train.dual import is_generative, open_generative, part_of
 from internvl.train.run import RunConfig
@@ -46,6 +48,8 @@ class Generative(PairStage):
             for name, mean in self._means(batch.to(device), "random").items():
                 sums[name] += float(mean) * batch.num_pairs
         means = {f"held_out_{name}": value / count for name, value in sums.items()}
+        # every rank brings the same pairs, which makes as many times more columns of equal logits
+        means["held_out_itc"] -= math.log(collectives.num_ranks())
         return {"held_out_loss": sum(means.values()), **means}
 
     def _means(self, batch: PairBatch, negatives: Literal["random", "hard"]) -> dict[str, Float[Tensor, ""]]:
