@@ -114,6 +114,10 @@ def parse_train(words: list[str]) -> None:
             configure(asked)
 
 
+def parse_curate(words: list[str]) -> None:
+    parse_with(f"curate_{words[0]}", {"pairs": "Pairs"}[words[0]])(words[1:])
+
+
 PARSERS = {
     "chat": parse_with("chat", "Options"),
     "evaluate": parse_with("evaluate", "Evaluate"),
@@ -123,6 +127,7 @@ PARSERS = {
     "plan": parse_with("plan", "Options"),
     "doctor": parse_with("doctor", "Options"),
     "data": parse_data,
+    "curate": parse_curate,
     "train": parse_train,
 }
 

@@ -5,6 +5,7 @@ Tiles travel as uint8 (a quarter of the bytes) and are normalised where the mode
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -75,3 +76,70 @@ class ChatBatch:
             f.name: value.pin_memory() for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)
         }
         return replace(self, **pinned)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Ids and where they are real; padding on the right."""
+
+    ids: Int[Tensor, "rows length"]
+    mask: Bool[Tensor, "rows length"] | Int[Tensor, "rows length"]
+
+    def rows(self, index: Tensor) -> Texts:
+        return Texts(self.ids[index], self.mask[index])
+
+    def longer_than(self, num_tokens: int) -> Bool[Tensor, " rows"]:
+        """False for texts with nothing but the tokens that every text has."""
+        return self.mask.sum(1) > num_tokens
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Pictures, each with a text in the forms that a stage asks for."""
+
+    pixels: UInt8[Tensor, "seen 3 side side"]
+    """Of every picture; where features are kept, of those that are not kept yet."""
+    contrast: Texts
+    """`summarize:` and the text."""
+    same: Int[Tensor, " pairs"]
+    """Number of each pair's picture: pairs of one picture are no negatives of each other."""
+    valid: Bool[Tensor, " pairs"]
+    """False for a pair that stands in for one that could not be read: it counts in no loss."""
+    kept: Int[Tensor, "pairs kept"] | None = None
+    """Patches that the vision encoder sees of each picture; all where not given."""
+    match: Texts | None = None
+    """The text alone."""
+    negatives: Texts | None = None
+    """A text of another picture."""
+    caption: Texts | None = None
+    """The prompt and the text."""
+    labels: Int[Tensor, "pairs length"] | None = None
+    """Of the captions, unshifted; IGNORE_INDEX where nothing is learned."""
+    names: tuple[bytes, ...] = ()
+    """Name of each picture, where features are kept."""
+    fresh: tuple[bytes, ...] = ()
+    """Names of `pixels`, where features are kept."""
+    sources: tuple[str, ...] = ()
+    """File and line of each pair, for messages."""
+
+    @property
+    def num_pairs(self) -> int:
+        return int(self.valid.shape[0])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
+        return self._moved(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PairBatch:
+        return self._moved(lambda value: value.pin_memory())
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> PairBatch:
+        import torch
+
+        moved: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, torch.Tensor):
+                moved[f.name] = move(value)
+            elif isinstance(value, Texts):
+                moved[f.name] = Texts(move(value.ids), move(value.mask))
+        return replace(self, **moved)

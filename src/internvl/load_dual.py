@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internvl.config import DualConfig, VisionConfig
+from internvl.config import DualConfig, LanguageConfig, VisionConfig
 from internvl.convert import dual
 from internvl.convert.files import Weights, open_weights, read_json, write_json, write_weights
 from internvl.convert.keys import Entry, Rule, check_keys, expand, matches
@@ -145,6 +145,25 @@ def carry_over(source: DualModel, target: DualModel) -> list[str]:
         )
     target.load_state_dict(theirs, strict=False)
     return sorted(mine.keys() - theirs.keys())
+
+
+def extend_llama(folder: str | Path, vision: VisionConfig, seed: int = 0, **sizes: Any) -> LoadedDual:
+    """InternVL-G around the LLaMA of a transformers folder; all that is not in it is random from `seed`.
+
+    Stage 1 begins so (paper 1.0, section 3.3). `sizes`: fields of DualConfig, such as num_queries.
+    """
+    folder = Path(folder)
+    config = DualConfig(vision, LanguageConfig("llama", read_json(folder / "config.json")), **sizes)
+    weights, model = open_weights(folder), build_dual(config, seed=seed)
+    prefix, state = "qllama.", model.state_dict()
+    entries = [e for e in expand(dual.OFFICIAL_RULES, state) if e.disk[0].startswith(prefix)]
+    theirs = [replace(e, disk=(e.disk[0].removeprefix(prefix),)) for e in entries if ".cross." not in e.ours[0]]
+    found = {k: size for k, size in weights.shapes.items() if not matches(f"{prefix}{k}", dual.DERIVED_KEYS)}
+    optional = ["lm_head.weight"] if config.language.tied else []
+    check_keys(theirs, {key: x.shape for key, x in state.items()}, found, folder, optional=optional)
+    present = [e for e in theirs if e.disk[0] in found]
+    model.load_state_dict(_tensors(present, weights, torch.float32, "cpu"), strict=False)
+    return LoadedDual(model.eval(), read_tokenizer(folder, config.language), config)
 
 
 def _stored_grid(config: DualConfig, weights: Weights, key: str) -> DualConfig:

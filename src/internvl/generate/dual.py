@@ -16,6 +16,8 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
+from internvl.data.captions import MAX_TOKENS
+from internvl.data.dual_texts import CAPTION_PROMPT, TEXT_PREFIX, DualTokeniser, pad
 from internvl.data.images import Source, normalise, open_image
 from internvl.data.resize import BICUBIC
 from internvl.generate.captions import CaptionSearch, caption
@@ -23,11 +25,7 @@ from internvl.generate.open_chat import dtype_of
 from internvl.load_dual import LoadedDual, load_dual, save_dual
 from internvl.models.contrastive import Head
 
-TEXT_PREFIX = "summarize:"
-"""Before every text to embed, without a space (official clip_benchmark/.../internvl_huggingface/__init__.py)."""
-CAPTION_PROMPT = "English caption:"
-"""Official internvl_g/eval/evaluate_caption.py."""
-MAX_TEXT_TOKENS = 80
+MAX_TEXT_TOKENS = MAX_TOKENS
 """Prefix, begin and end of text included; longer texts are cut (official tokenizer call)."""
 
 Fit = Literal["squash", "crop"]
@@ -97,16 +95,9 @@ class Dual:
             raise ValueError("this model has no tokenizer; give ids, or put tokenizer.model into its folder")
         if not texts:
             raise ValueError("no text was given; give at least one")
-        settings = self.config.language.settings
-        ending = [int(settings["eos_token_id"])] if end else []
-        beginning = [] if settings.get("bos_token_id") is None else [int(settings["bos_token_id"])]
-        room = MAX_TEXT_TOKENS - len(beginning) - len(ending)
-        rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"][:room] for text in texts]
-        rows = [[*beginning, *row, *ending] for row in rows]
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self._device)
-        lengths = torch.tensor([len(row) for row in rows], device=self._device)
-        return ids, torch.arange(longest, device=self._device) < lengths[:, None]
+        words = DualTokeniser(self.tokenizer, self.config.language)
+        rows = pad([words.row(text, end).ids for text in texts])
+        return rows.ids.to(self._device), rows.mask.to(self._device)
 
     def save(self, out: str | Path) -> None:
         """Write the official layout."""

@@ -15,11 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from internvl.models.chat import ChatModel
+from internvl.models.contrastive import DualModel
 
 VISION = ("attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2")
 LLAMA = tuple(f"self_attn.{x}_proj" for x in "qkvo") + tuple(f"mlp.{x}_proj" for x in ("gate", "up", "down"))
 PHI3 = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 """The official targets (wrap_backbone_lora and wrap_llm_lora in modeling_internvl_chat.py)."""
+QLLAMA = tuple(name.replace("self_attn.", "attention.") for name in LLAMA)
+"""The LLaMA inside QLLaMA, not its cross-attention (wrap_qllama_lora in internvl_g's modeling_internvl.py)."""
+Adaptable = ChatModel | DualModel
 
 ROOT = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -28,7 +32,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 def add_adapters(
-    model: ChatModel,
+    model: Adaptable,
     rank: int,
     alpha: int | float | None = None,
     dropout: float = 0.0,
@@ -51,9 +55,9 @@ def add_adapters(
     return added
 
 
-def save(model: ChatModel, folder: str | Path, part: str) -> None:
+def save(model: Adaptable, folder: str | Path, part: str) -> None:
     """Write one part's adapter: adapter_config.json and adapter_model.safetensors."""
-    module, folder = _module(model, part), Path(folder)
+    module, folder = module_of(model, part), Path(folder)
     config = _configs(module).get("default")
     if config is None:
         raise ValueError(f"the {part} model has no adapters; add them with add_adapters first")
@@ -71,7 +75,7 @@ def save(model: ChatModel, folder: str | Path, part: str) -> None:
     config.target_modules, config.inference_mode = ours, before
 
 
-def load(model: ChatModel, folder: str | Path, part: str) -> int:
+def load(model: Adaptable, folder: str | Path, part: str) -> int:
     """Put a saved adapter on one part; every key must find its module and every adapted module its keys."""
     from peft import LoraConfig
 
@@ -85,7 +89,7 @@ def load(model: ChatModel, folder: str | Path, part: str) -> int:
     config.target_modules = {_ours(name, part) for name in config.target_modules}
     stored = {_ours(key.removeprefix(ROOT), part): value for key, value in load_file(folder / WEIGHTS).items()}
     count = _inject(model, part, config)
-    own = {n.replace(".default.", "."): p for n, p in _module(model, part).state_dict().items() if ".lora_" in n}
+    own = {n.replace(".default.", "."): p for n, p in module_of(model, part).state_dict().items() if ".lora_" in n}
     wrong = sorted(own.keys() ^ stored.keys()) or [k for k in own if own[k].shape != stored[k].shape]
     if wrong:
         raise ValueError(f"{folder / WEIGHTS}: {len(wrong)} keys do not fit the {part} model: {', '.join(wrong[:5])}")
@@ -96,7 +100,7 @@ def load(model: ChatModel, folder: str | Path, part: str) -> int:
 
 @torch.no_grad()
 def attach(
-    model: ChatModel,
+    model: Adaptable,
     part: str,
     halves: Mapping[str, tuple[Tensor, Tensor]],
     alpha: float,
@@ -110,7 +114,7 @@ def attach(
     """
     from peft import LoraConfig
 
-    module = _module(model, part)
+    module = module_of(model, part)
     ranks = {down.shape[0] for down, _ in halves.values()}
     if len(ranks) != 1:
         raise ValueError(f"adapter ranks {sorted(ranks)} of the {part} model; one adapter has one rank")
@@ -130,7 +134,7 @@ def attach(
 
 
 @torch.no_grad()
-def merge(model: ChatModel) -> float:
+def merge(model: Adaptable) -> float:
     """Fold all adapters into plain weights. Returns the change of the outputs; ValueError where it is not rounding."""
     layers = list(_adapted(model))
     if not layers:
@@ -140,7 +144,7 @@ def merge(model: ChatModel) -> float:
         layer.merge(safe_merge=True)
         setattr(parent, name, layer.get_base_layer())
     for part in ("language", "vision"):
-        vars(_module(model, part)).pop("peft_config", None)
+        vars(module_of(model, part)).pop("peft_config", None)
     change = max(float((old - new).abs().max() / old.std()) for old, new in zip(before, _probe(model), strict=True))
     limit = TOLERANCE[next(model.parameters()).dtype]
     if change > limit:
@@ -150,10 +154,10 @@ def merge(model: ChatModel) -> float:
     return change
 
 
-def _inject(model: ChatModel, part: str, config: Any, adapter: str = "default") -> int:
+def _inject(model: Adaptable, part: str, config: Any, adapter: str = "default") -> int:
     from peft import inject_adapter_in_model
 
-    module = _module(model, part)
+    module = module_of(model, part)
     if adapter == "default" and any(_adapted(module)):
         raise ValueError(f"the {part} model has adapters already; merge them first")
     targets = config.target_modules
@@ -184,25 +188,28 @@ def _configs(module: nn.Module) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _targets(model: ChatModel, part: str) -> tuple[str, ...]:
-    _module(model, part)
+def _targets(model: Adaptable, part: str) -> tuple[str, ...]:
+    module_of(model, part)
     if part == "vision":
         return VISION
+    if isinstance(model, DualModel):
+        return QLLAMA
     return PHI3 if model.config.language.family == "phi3" else LLAMA
 
 
-def _module(model: ChatModel, part: str) -> nn.Module:
+def module_of(model: Adaptable, part: str) -> nn.Module:
+    """What a part's adapters sit in."""
     if part == "vision":
         return model.vision
     if part == "language":
-        inner: nn.Module = model.language.model
+        inner: nn.Module = model.qllama if isinstance(model, DualModel) else model.language.model
         return inner
     raise ValueError(f"part {part!r} takes no adapters; it is language or vision")
 
 
 def _official(name: str, part: str) -> str:
     if part != "vision":
-        return name
+        return name  # QLLaMA's adapters are merged, never saved apart
     return re.sub(r"^layers\.", "encoder.layers.", name).replace("attention.", "attn.")
 
 
@@ -212,15 +219,18 @@ def _ours(name: str, part: str) -> str:
     return name.removeprefix("encoder.").replace("attn.", "attention.")
 
 
-def _probe(model: ChatModel) -> list[Tensor]:
-    """Logits of a fixed text and tokens of a fixed tile, in evaluation mode."""
+def _probe(model: Adaptable) -> list[Tensor]:
+    """Logits or states of a fixed text and what a fixed tile gives, in evaluation mode."""
     training, parameter = model.training, next(model.parameters())
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.language.vocab_size, (1, 16), generator=generator).to(parameter.device)
-    side = model.config.tile_size
+    ids = torch.randint(0, model.config.language.vocab_size, (1, 16), generator=generator).to(parameter.device)
+    side = model.config.side if isinstance(model, DualModel) else model.config.tile_size
     tile = torch.randn(1, 3, side, side, generator=generator).to(parameter.device, parameter.dtype)
     model.eval()
-    logits = model.language.head(model.language(model.language.embed(ids)))
-    out = [logits.float(), model.encode_tiles(tile).float()]
+    if isinstance(model, DualModel):
+        out = [model.qllama.read(ids).float(), model.vision(tile).float()]
+    else:
+        logits = model.language.head(model.language(model.language.embed(ids)))
+        out = [logits.float(), model.encode_tiles(tile).float()]
     model.train(training)
     return out

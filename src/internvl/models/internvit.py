@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -104,10 +104,18 @@ class InternViT(nn.Module):
         self.layers = nn.ModuleList(Block(config, rate) for rate in rates)
 
     def forward(
-        self, tiles: Float[Tensor, "tiles 3 height width"], feature_layer: int = -1
+        self,
+        tiles: Float[Tensor, "tiles 3 height width"],
+        feature_layer: int = -1,
+        kept: Int[Tensor, "tiles kept"] | None = None,
     ) -> Float[Tensor, "tiles positions dim"]:
-        """Output of the tapped block: an index into [embeddings, block 1, ...]. Later blocks do not run."""
+        """Output of the tapped block: an index into [embeddings, block 1, ...]. Later blocks do not run.
+
+        With `kept` only the class token and these patches of each tile are seen (masking as in FLIP, arXiv 2212.00794).
+        """
         x: Tensor = self.embeddings(tiles)
+        if kept is not None:
+            x = torch.cat([x[:, :1], x[:, 1:].take_along_dim(kept[:, :, None], dim=1)], dim=1)
         for index in range(self.num_blocks(feature_layer)):
             x = self._block(index, x)
         return x
@@ -128,6 +136,11 @@ class InternViT(nn.Module):
                 f"it must be in [{-num_states}, {num_states - 1}]"
             )
         return feature_layer % num_states
+
+    def set_drop_path(self, top: float, schedule: str) -> None:
+        """Other rates for a run; they are no part of the weights, and the config stays."""
+        for block, rate in zip(self.layers, drop_path_rates(top, len(self.layers), schedule), strict=True):
+            block.drop_path = DropPath(rate)
 
     @torch.no_grad()
     def resize_positions(self, image_size: int) -> None:

@@ -7,7 +7,7 @@ the same. What learns, and the weights of the three, is a stage's affair.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -15,11 +15,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from internvl.batch import Texts
 from internvl.models.contrastive import DualModel
 from internvl.models.qllama import Cache
 from internvl.tokens import IGNORE_INDEX
 from internvl.train.contrast import contrast, share
 from internvl.train.losses import chunked_sum, shift
+from internvl.train.pieces import in_pieces
 
 Negatives = Literal["given", "hard"]
 
@@ -31,25 +33,11 @@ CAPTION_CHUNK = 1024
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Ids and where they are real; padding on the right."""
-
-    ids: Int[Tensor, "rows length"]
-    mask: Bool[Tensor, "rows length"] | Int[Tensor, "rows length"]
-
-    def rows(self, index: Tensor) -> Texts:
-        return Texts(self.ids[index], self.mask[index])
-
-    def longer_than(self, num_tokens: int) -> Bool[Tensor, " rows"]:
-        """False for texts with nothing but the tokens that every text has."""
-        return self.mask.sum(1) > num_tokens
-
-
-@dataclass(frozen=True)
 class AlignmentBatch:
     """One batch of stage 2: each picture with its text in three forms."""
 
-    pixel_values: Float[Tensor, "pairs 3 height width"]
+    pixel_values: Float[Tensor, "pairs 3 height width"] | None
+    """None where features are handed in."""
     contrast: Texts
     """`summarize:` and the text."""
     match: Texts
@@ -62,6 +50,8 @@ class AlignmentBatch:
     """A text of another picture for each pair, drawn by the data: what the official code matches against."""
     same: Int[Tensor, " pairs"] | None = None
     """Number of each pair's picture: pairs of one picture are no negatives of each other."""
+    valid: Bool[Tensor, " pairs"] | None = None
+    """False for pairs that count in no loss; all count where not given."""
 
 
 def alignment_losses(
@@ -71,29 +61,36 @@ def alignment_losses(
     negatives: Negatives = "given",
     generator: torch.Generator | None = None,
     features: Float[Tensor, "pairs positions dim"] | None = None,
+    piece: int | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """ "itc", "itm" and "itg", each a mean over all ranks' pairs or tokens as `contrast` returns it.
 
     `negatives` "given" matches the first half of the pictures with `batch.negatives` and the second with their own
     texts (official); "hard" draws them in the batch by similarity from `generator` (BLIP-2), 3 rows a pair. `features`
-    replaces the pass through a frozen vision encoder.
+    replaces the pass through a frozen vision encoder. With `piece`, so many rows are in a graph at a time: the same
+    losses and gradients from less memory, for a second look at the pictures and a second pass (`pieces.py`).
     """
     if features is None:
+        if batch.pixel_values is None:
+            raise ValueError("the batch has no pictures; give pixel_values, or the features of them")
         features = model.vision(batch.pixel_values)
-    seen = Cache()
-    images = model.pool_queries(model.qllama.look(features, seen))
-    texts = model.encode_text(batch.contrast.ids, batch.contrast.mask)
-    scale, valid = model.logit_scale.exp(), batch.contrast.longer_than(EMPTY_CONTRAST)
+    seen = Cache() if piece is None else None
+    images = in_pieces(lambda some: model.pool_queries(model.qllama.look(some, seen)), [features], piece)
+    texts = in_pieces(model.encode_text, [batch.contrast.ids, batch.contrast.mask], piece)
+    counted = batch.valid if batch.valid is not None else torch.ones_like(batch.contrast.ids[:, 0], dtype=torch.bool)
+    scale, valid = model.logit_scale.exp(), batch.contrast.longer_than(EMPTY_CONTRAST) & counted
     itc = contrast(images, texts, scale, valid=valid, same=batch.same, smoothing=model.config.label_smoothing)
     if negatives == "hard":
-        usable = batch.match.longer_than(EMPTY_MATCH)
+        usable = batch.match.longer_than(EMPTY_MATCH) & counted
         logits = (scale * images @ texts.T).detach().float()
         rows = hard_rows(batch.match, logits, usable, batch.same, generator)
     elif negatives == "given":
         rows = given_rows(batch)
+        rows = replace(rows, labels=rows.labels.masked_fill(~counted, IGNORE_INDEX))
     else:
         raise ValueError(f"negatives {negatives!r}; they are 'given' or 'hard'")
-    return {"itc": itc, "itm": matching(model, features, rows), "itg": captions(model, seen, batch)}
+    itg = captions(model, caption_states(model, features, seen, batch.caption, piece), batch)
+    return {"itc": itc, "itm": matching(model, features, rows, piece), "itg": itg}
 
 
 @dataclass(frozen=True)
@@ -154,17 +151,37 @@ def draw(logits: Tensor, allowed: Tensor, generator: torch.Generator | None) -> 
     return drawn.masked_fill(nothing[:, 0], 0)
 
 
-def matching(model: DualModel, features: Tensor, rows: MatchRows) -> Float[Tensor, ""]:
+def matching(model: DualModel, features: Tensor, rows: MatchRows, piece: int | None = None) -> Float[Tensor, ""]:
     """Two-way cross-entropy, of all ranks' rows with a label."""
-    logits = model.match_logits(features, rows.texts.ids, rows.texts.mask, rows.image_of_row)
+    ids, mask, places = rows.texts.ids, rows.texts.mask, rows.image_of_row
+    if piece is None:
+        logits = model.match_logits(features, ids, mask, places)
+    else:
+        logits = in_pieces(lambda i, m, at: model.match_logits(features[at], i, m), [ids, mask, places], piece)
     losses = F.cross_entropy(logits.float(), rows.labels, ignore_index=IGNORE_INDEX, reduction="sum")
     return losses * share((rows.labels != IGNORE_INDEX).sum().float())
 
 
-def captions(model: DualModel, seen: Cache, batch: AlignmentBatch) -> Float[Tensor, ""]:
+def caption_states(
+    model: DualModel, features: Tensor, seen: Cache | None, texts: Texts, piece: int | None
+) -> Float[Tensor, "rows length width"]:
+    """After the queries in `seen`; without it the pictures are looked at again, some at a time."""
+    if seen is not None:
+        return model.caption_states(seen, texts.ids, texts.mask)
+
+    def looked(some: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        again = Cache()
+        model.qllama.look(some, again)
+        return model.caption_states(again, ids, mask)
+
+    return in_pieces(looked, [features, texts.ids, texts.mask], piece)
+
+
+def captions(model: DualModel, states: Float[Tensor, "rows length width"], batch: AlignmentBatch) -> Float[Tensor, ""]:
     """Next-token cross-entropy of all ranks' learned tokens, never more than some logits at a time."""
-    states = model.caption_states(seen, batch.caption.ids, batch.caption.mask)
     weights = (batch.labels != IGNORE_INDEX).float()
+    if batch.valid is not None:
+        weights = weights * batch.valid[:, None]
     positions, labels, learned = shift(batch.labels, weights)
     summed = chunked_sum(states.flatten(0, 1)[positions], model.qllama.head, labels, learned, CAPTION_CHUNK)
     return summed * share(learned.sum())

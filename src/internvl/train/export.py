@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,6 +14,9 @@ from internvl.load import save_checkpoint
 from internvl.train.run import PARTS
 from internvl.train.trainable import Learner
 
+if TYPE_CHECKING:
+    from internvl.models.adapters import Adaptable
+
 
 def export_parts(learner: Learner, out: Path, dtype: torch.dtype) -> None:
     """connector.safetensors, a peft folder for each adapted part, embeddings.safetensors: only what learned.
@@ -22,7 +25,7 @@ def export_parts(learner: Learner, out: Path, dtype: torch.dtype) -> None:
     """
     out.mkdir(parents=True, exist_ok=True)
     model, learned = learner.model, list(learner.parameters.values())
-    _cast(learned, dtype)
+    cast(learned, dtype)
     if learner.run.connector.learn == "full":
         _write(model.connector.named_parameters(), out / "connector.safetensors")
     if learner.rows is not None:
@@ -31,31 +34,37 @@ def export_parts(learner: Learner, out: Path, dtype: torch.dtype) -> None:
         from internvl.models import adapters  # needs peft, an extra
 
         adapters.save(model, out / name, name)
-    _cast(learned, torch.float32)
+    cast(learned, torch.float32)
 
 
 def export_model(learner: Learner, tokenizer: Any, out: Path, dtype: torch.dtype) -> None:
     """The whole model in the official layout; adapters and token rows are merged in fp32. Training is over after it."""
     model = learner.model
-    _cast(model.parameters(), torch.float32)
+    cast(model.parameters(), torch.float32)
     if _adapted(learner):
-        from internvl.models import adapters
-
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")  # merging compares outputs, which TF32 would blur
-        adapters.merge(model)
-        torch.set_float32_matmul_precision(precision)
+        merge_exactly(model)
     if learner.rows is not None:
         learner.rows.settle()
-    _cast(model.parameters(), dtype)
+    cast(model.parameters(), dtype)
     save_checkpoint(model.eval(), tokenizer, out, layout="official")
+
+
+def merge_exactly(model: Adaptable) -> None:
+    """Fold all adapters in; the model is in fp32."""
+    from internvl.models import adapters  # needs peft, an extra
+
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # merging compares outputs, which TF32 would blur
+    adapters.merge(model)
+    torch.set_float32_matmul_precision(precision)
 
 
 def _adapted(learner: Learner) -> list[str]:
     return [name for name in PARTS if learner.run.part(name).learn == "lora"]
 
 
-def _cast(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+def cast(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+    """Other number type, in place."""
     for parameter in parameters:
         parameter.data = parameter.data.to(dtype)
 

@@ -117,6 +117,30 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """Training on pictures with captions: the stages `contrastive` and `generative` of InternVL 1.0."""
+
+    micro_batch: int | None = None
+    """Pairs embedded at a time; the loss is that of the whole batch, whatever fits into memory (gradient caching)."""
+    side: int | None = None
+    """Of a picture in pixels; the model's own when not given."""
+    area: tuple[float, float] = (0.5, 1.0)
+    """Least and greatest share of a picture in a random crop (official internvl_g dataset.py); 1 1: squashed whole."""
+    mask_share: float = 0.0
+    """Of the patches, left out of the vision encoder at random."""
+    drop_path: float = 0.0
+    """Of a vision encoder that learns."""
+    drop_path_schedule: Literal["uniform", "linear"] = "uniform"
+    """uniform as the paper (1.0, appendix A.3), linear as the official code."""
+    max_scale: float | None = 100.0
+    """The learned factor of the logits is kept at or below it (CLIP, section 2.5); official code has no bound."""
+    negatives: Literal["random", "hard"] = "random"
+    """Of matching: a caption of any other picture (official code), or the most similar of the batch (BLIP-2)."""
+    output_head: str = ""
+    """Folder of the LLaMA whose output head InternVL-G takes where the run begins with InternVL-C alone."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run of a stage, fully set."""
 
@@ -154,6 +178,7 @@ class RunConfig:
     """Stop cleanly, saved, after this time."""
     export: Literal["last", "best", "none"] = "last"
     """Which weights become the trained model in `out/model`."""
+    pairs: Pairs = Pairs()
 
     def __post_init__(self) -> None:
         _check(self)

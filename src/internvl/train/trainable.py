@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from internvl.train.run import PARTS, Part, RunConfig
 
 if TYPE_CHECKING:
+    from internvl.models.adapters import Adaptable
     from internvl.models.chat import ChatModel
 
 ROWS = "token_rows"
@@ -63,14 +64,21 @@ class TokenRows(nn.Module):
                 weight[self.token_ids] = rows.to(weight.dtype)
 
 
+M = TypeVar("M", bound=nn.Module)
+
+
 @dataclass(frozen=True)
-class Learner:
+class Learner(Generic[M]):
     """A model and the parameters of it that learn, by name."""
 
-    model: ChatModel
+    model: M
     run: RunConfig
     parameters: dict[str, nn.Parameter]
     rows: TokenRows | None
+
+    def part_of(self, name: str) -> str:
+        """Part of the run that a parameter belongs to."""
+        return name.split(".", 1)[0]
 
     def frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.model.named_parameters() if not p.requires_grad)
@@ -83,7 +91,7 @@ class Learner:
                 getattr(self.model, name).train()
 
 
-def choose(model: ChatModel, run: RunConfig, token_ids: Sequence[int] = ()) -> Learner:
+def choose(model: ChatModel, run: RunConfig, token_ids: Sequence[int] = ()) -> Learner[ChatModel]:
     """Freeze and thaw the parts of `model` as `run` says; adapters are added where a part learns by lora."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -92,14 +100,14 @@ def choose(model: ChatModel, run: RunConfig, token_ids: Sequence[int] = ()) -> L
         if part.learn == "full":
             _thaw(getattr(model, name), part)
         elif part.learn == "lora":
-            _adapt(model, name, part, run.precision)
+            adapt(model, name, part, run.precision)
     rows = _token_rows(model, run, token_ids)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if rows is not None:
         parameters |= {f"{ROWS}.{name}": p for name, p in rows.named_parameters()}
     if not parameters:
         raise ValueError("nothing learns: every part is frozen; set --connector.learn full, or another part")
-    _set_dtypes(model, parameters, run)
+    set_dtypes(model, parameters, run)
     return Learner(model, run, parameters, rows)
 
 
@@ -108,7 +116,7 @@ def groups(learner: Learner) -> list[dict[str, Any]]:
     run = learner.run
     found: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in learner.parameters.items():
-        part = name.split(".", 1)[0]
+        part = learner.part_of(name)
         scale = run.tokens.lr_scale if part == ROWS else run.part(part).lr_scale
         decays = part != ROWS and parameter.squeeze().ndim > 1
         group = found.setdefault(
@@ -130,7 +138,8 @@ def table(learner: Learner) -> list[tuple[str, str, int, int]]:
     """(part, how it learns, parameters that learn, frozen parameters), for people."""
     run, lines = learner.run, []
     for name in PARTS:
-        sizes = [(p.numel(), p.requires_grad) for p in getattr(learner.model, name).parameters()]
+        mine = (p for key, p in learner.model.named_parameters() if learner.part_of(key) == name)
+        sizes = [(p.numel(), p.requires_grad) for p in mine]
         learned = sum(n for n, learns in sizes if learns)
         part = run.part(name)
         how = f"lora rank {part.rank}" if part.learn == "lora" else part.learn
@@ -146,15 +155,16 @@ def _weight(module: nn.Module) -> Tensor:
     return weight
 
 
-def _adapt(model: ChatModel, name: str, part: Part, precision: str) -> None:
+def adapt(model: Adaptable, name: str, part: Part, precision: str) -> None:
+    """Low-rank pairs beside the matrices of one part."""
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
         raise ValueError(f"{name}.learn is 'lora', which needs: pip install 'internvl[train]'") from error
-    from internvl.models.adapters import add_adapters
+    from internvl.models.adapters import add_adapters, module_of
 
     add_adapters(model, part.rank, alpha=part.alpha or 2 * part.rank, dropout=part.dropout, parts=(name,))
-    for module in getattr(model, name).modules():
+    for module in module_of(model, name).modules():
         if isinstance(module, BaseTunerLayer):
             # autocast chooses the type; peft would copy every input to fp32 first
             module.cast_input_dtype_enabled = precision != "bf16"
@@ -185,7 +195,8 @@ def _token_rows(model: ChatModel, run: RunConfig, token_ids: Sequence[int]) -> T
     return TokenRows(language.get_input_embeddings(), language.get_output_embeddings(), token_ids)
 
 
-def _set_dtypes(model: ChatModel, parameters: dict[str, nn.Parameter], run: RunConfig) -> None:
+def set_dtypes(model: nn.Module, parameters: dict[str, nn.Parameter], run: RunConfig) -> None:
+    """What learns in float32, what is frozen in the run's precision."""
     learned = {id(p) for p in parameters.values()}
     frozen = torch.bfloat16 if run.precision == "bf16" else torch.float32
     for parameter in model.parameters():  # one by one: buffers (rotary frequencies) keep their precision

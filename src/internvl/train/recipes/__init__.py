@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from internvl.train.recipes import pocket, tiny
+from internvl.train.recipes import pocket, pocket_dual, tiny, v1_0
 from internvl.train.run import RunConfig
 
 
@@ -28,6 +28,13 @@ RECIPES: dict[str, Recipe] = {
     "pocket_sft": Recipe(pocket.pocket_sft, pocket.prepare),
     "pocket_connector_cpu": Recipe(pocket.pocket_connector_cpu, pocket.prepare),
     "pocket_sft_cpu": Recipe(pocket.pocket_sft_cpu, pocket.prepare),
+    "tiny_contrastive": Recipe(v1_0.tiny_contrastive, v1_0.prepare_tiny),
+    "tiny_generative": Recipe(v1_0.tiny_generative, v1_0.prepare_tiny),
+    "v1_0_contrastive": Recipe(v1_0.v1_0_contrastive, v1_0.prepare),
+    "v1_0_contrastive_224": Recipe(v1_0.v1_0_contrastive_224, v1_0.prepare),
+    "v1_0_generative": Recipe(v1_0.v1_0_generative, v1_0.prepare),
+    "pocket_dual_contrastive": Recipe(pocket_dual.pocket_dual_contrastive, pocket_dual.prepare),
+    "pocket_dual_generative": Recipe(pocket_dual.pocket_dual_generative, pocket_dual.prepare),
 }
 
 

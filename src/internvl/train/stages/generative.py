@@ -1,0 +1,78 @@
+"""Stage 2 of InternVL 1.0: contrast, matching and captions through QLLaMA's queries (paper 1.0, section 3.3).
+
+Queries, cross-attention, their pooling, the matching head and the logit scale learn; the rest is frozen, so a picture
+is seen by the vision encoder without a graph. The losses are alignment.py's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from internvl.batch import PairBatch
+from internvl.data.image_text import Forms
+from internvl.parallel import collectives
+from internvl.train.alignment import AlignmentBatch, Negatives, alignment_losses
+from internvl.train.dual import is_generative, open_generative, part_of
+from internvl.train.run import RunConfig
+from internvl.train.stages.pairs import PairStage, with_tokenizer
+
+
+class Generative(PairStage):
+    """InternVL-G."""
+
+    coefficients: Mapping[str, float] = {"itc": 1.0, "itm": 1.0, "itg": 1.0}
+    forms: Forms = "all"
+
+    def wanted(self, name: str) -> bool:
+        """The pooling of patches is in none of the losses, the projection of texts stays that of stage 1."""
+        return is_generative(name) or name == "logit_scale" or part_of(name) != "connector"
+
+    def losses(self, prepared: PairBatch) -> dict[str, Float[Tensor, ""]]:
+        self.bound_scale()
+        found = self._means(prepared, self.run.pairs.negatives)
+        return {name: mean * prepared.num_pairs for name, mean in found.items()}
+
+    def evaluate(self, device: torch.device) -> dict[str, float]:
+        """The three losses over held-out pairs, matched with the same foreign texts each time, and their sum."""
+        if self.held_out is None:
+            return {}
+        sums, count = dict.fromkeys(self.coefficients, 0.0), 0
+        for batch in self.held_out.once():
+            count += batch.num_pairs
+            for name, mean in self._means(batch.to(device), "random").items():
+                sums[name] += float(mean) * batch.num_pairs
+        means = {f"held_out_{name}": value / count for name, value in sums.items()}
+        # every rank brings the same pairs, which makes as many times more columns of equal logits
+        means["held_out_itc"] -= math.log(collectives.num_ranks())
+        return {"held_out_loss": sum(means.values()), **means}
+
+    def _means(self, batch: PairBatch, negatives: Literal["random", "hard"]) -> dict[str, Float[Tensor, ""]]:
+        frozen = self.run.vision.learn == "frozen"
+        features = self.features(batch) if frozen else self._look(batch.pixels, batch.kept)
+        assert batch.match is not None
+        assert batch.caption is not None
+        assert batch.labels is not None
+        whole = AlignmentBatch(
+            None,
+            contrast=batch.contrast,
+            match=batch.match,
+            caption=batch.caption,
+            labels=batch.labels,
+            negatives=batch.negatives,
+            same=batch.same,
+            valid=batch.valid,
+        )
+        kind: Negatives = "hard" if negatives == "hard" else "given"
+        piece = self.run.pairs.micro_batch
+        return alignment_losses(self.model, whole, negatives=kind, features=features, piece=piece)
+
+
+def open_generative_stage(run: RunConfig) -> Generative:
+    """InternVL-G, from InternVL-C where the folder holds that, with its tokenizer, and its pairs."""
+    return Generative(run, with_tokenizer(run, open_generative(run)))

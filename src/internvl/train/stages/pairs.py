@@ -1,0 +1,176 @@
+"""What the stages on pictures with captions share: the model, its batches, kept features, files. Losses are theirs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from internvl.batch import PairBatch
+from internvl.data.dual_texts import DualTokeniser
+from internvl.data.image_text import Forms, PairEncoder, PairSettings
+from internvl.data.images import normalise
+from internvl.data.mixture import read_sets
+from internvl.data.pair_loader import PairLoader
+from internvl.load_dual import LoadedDual
+from internvl.models.contrastive import DualModel
+from internvl.parallel import collectives
+from internvl.train import dual
+from internvl.train.features import MemoryStore
+from internvl.train.run import RunConfig
+from internvl.train.trainable import Learner
+
+VISION_PIECE = 64
+"""Pictures that a frozen vision encoder sees at a time where the run does not say."""
+
+
+class PairStage:
+    """A stage over pairs; a subclass says what learns, which forms of a text it needs, and its losses."""
+
+    coefficients: Mapping[str, float]
+    forms: Forms
+
+    def __init__(self, run: RunConfig, loaded: LoadedDual) -> None:
+        _check(run)
+        self.run, self.model, self.tokenizer = run, loaded.model, loaded.tokenizer
+        self.store = MemoryStore() if run.data.features == "memory" else None
+        self.loader = self._loader(loaded, run.data.meta, learning=True)
+        held_out = run.data.held_out
+        self.held_out = self._loader(loaded, held_out, learning=False) if held_out else None
+
+    def wanted(self, name: str) -> bool:
+        """Whether a parameter can learn in this stage."""
+        raise NotImplementedError
+
+    def begin(self, run: RunConfig, device: torch.device) -> dual.DualLearner:
+        self.model.to(device)
+        learner = dual.choose(self.model, run, self.wanted)
+        self.model.vision.set_drop_path(run.pairs.drop_path, run.pairs.drop_path_schedule)
+        self.model.checkpoint(run.grad_checkpoint)
+        if run.compile:
+            for block in (*self.model.vision.layers, *self.model.qllama.layers):
+                block.compile()
+        return learner
+
+    def batches(self) -> Generator[PairBatch, None, None]:
+        yield from self.loader
+
+    def cursor(self) -> dict[str, Any]:
+        return self.loader.state_dict()
+
+    def seek(self, cursor: Mapping[str, Any]) -> None:
+        self.loader.load_state_dict(cursor)
+
+    def batches_per_epoch(self) -> int:
+        return len(self.loader)
+
+    def prepare(self, batch: PairBatch) -> PairBatch:
+        return batch
+
+    def weights(self, batch: PairBatch) -> dict[str, float]:
+        """Each loss is a mean over the joint batch, counted once a pair."""
+        return {name: float(batch.num_pairs) for name in self.coefficients}
+
+    def losses(self, prepared: PairBatch) -> Mapping[str, Float[Tensor, ""]]:
+        raise NotImplementedError
+
+    def sizes(self, batch: PairBatch) -> dict[str, int]:
+        learned = int(batch.contrast.mask.sum()) if batch.labels is None else int((batch.labels != -100).sum())
+        forms = (batch.contrast, batch.match, batch.negatives, batch.caption)
+        tokens = sum(int(texts.mask.sum()) for texts in forms if texts is not None)
+        return {"samples": batch.num_pairs, "tokens": tokens, "learned": learned, "tiles": batch.num_pairs}
+
+    def describe(self, batch: PairBatch) -> str:
+        return ", ".join(batch.sources)
+
+    def lost(self) -> tuple[int, Mapping[str, str]]:
+        return self.loader.num_cut, self.loader.skipped
+
+    def export(self, learner: Learner[DualModel], out: Path) -> None:
+        dual.export(learner, self.tokenizer, out)
+
+    def bound_scale(self) -> None:
+        """CLIP bounds the learned factor after each step; before the next one is the same."""
+        if self.run.pairs.max_scale is not None:
+            with torch.no_grad():
+                self.model.logit_scale.clamp_(max=math.log(self.run.pairs.max_scale))
+
+    def features(self, batch: PairBatch) -> Float[Tensor, "pairs positions dim"]:
+        """What the frozen vision encoder says about each picture; kept ones are not computed again."""
+        if self.store is not None:
+            if batch.fresh:
+                self.store.gather(batch.pixels, batch.fresh, self._look)
+            return torch.stack([self.store.get(name) for name in batch.names]).to(self.model.logit_scale.device)
+        size = self.run.pairs.micro_batch or VISION_PIECE
+        kept = [None] * -(-batch.num_pairs // size) if batch.kept is None else batch.kept.split(size)
+        with torch.no_grad():
+            pieces = zip(batch.pixels.split(size), kept, strict=True)
+            return torch.cat([self._look(pixels, some) for pixels, some in pieces])
+
+    def _look(self, pixels: Tensor, kept: Tensor | None = None) -> Float[Tensor, "pairs positions dim"]:
+        out: Tensor = self.model.vision(normalise(pixels, "imagenet"), kept=kept)
+        return out
+
+    def _loader(self, loaded: LoadedDual, meta: str, learning: bool) -> PairLoader:
+        """Held-out pairs are shown whole, in order; an unusable one ends the run."""
+        run, data, pairs = self.run, self.run.data, self.run.pairs
+        config, side = loaded.config, self.run.pairs.side or loaded.config.side
+        settings = PairSettings(side, config.vision.patch_size, forms=self.forms)
+        if learning:
+            settings = replace(settings, area=(pairs.area[0], pairs.area[1]), mask_share=pairs.mask_share)
+        sets = read_sets(meta)
+        if not learning and data.held_out_samples is not None:
+            share = min(1.0, data.held_out_samples / sum(len(some.lines) for some in sets))
+            sets = [replace(some, repeat=share) for some in sets]
+        return PairLoader(
+            sets,
+            PairEncoder(DualTokeniser(loaded.tokenizer, config.language), settings),
+            data.batch_samples or 16,
+            seed=run.seed,
+            shuffle=learning,
+            negatives=self.forms == "all" and (pairs.negatives == "random" or not learning),
+            workers=data.workers if learning else 0,
+            on_error=data.on_error if learning else "error",
+            rank=collectives.rank(),
+            ranks=collectives.num_ranks(),
+            known=None if self.store is None else self.store.__contains__,
+        )
+
+
+def with_tokenizer(run: RunConfig, loaded: LoadedDual) -> LoadedDual:
+    """The model, if it can read."""
+    if loaded.tokenizer is None:
+        raise ValueError(f"{run.model} has no tokenizer; put its tokenizer.json or tokenizer.model beside the weights")
+    return loaded
+
+
+def _check(run: RunConfig) -> None:
+    data, pairs = run.data, run.pairs
+    if not data.meta:
+        raise ValueError("data.meta is not given; set --data.meta to a meta JSON or a JSONL file of pairs")
+    if run.accumulate != 1:
+        raise ValueError(
+            f"accumulate is {run.accumulate}; pairs of another micro-batch would be no negatives: raise "
+            "data.batch_samples instead, and set pairs.micro_batch to what fits into memory"
+        )
+    if data.batch_tokens is not None or data.batch_tiles is not None:
+        raise ValueError("data.batch_tokens and data.batch_tiles have no meaning for pairs; set data.batch_samples")
+    if run.tokens.learn:
+        raise ValueError("tokens.learn is on; dual models have no added tokens: use --tokens.no-learn")
+    if pairs.micro_batch is not None and pairs.micro_batch < 1:
+        raise ValueError(f"pairs.micro_batch is {pairs.micro_batch}; it must be at least 1")
+    if data.features == "disk":
+        raise ValueError("data.features is 'disk'; stages on pairs keep features in memory, or none")
+    changing = [run.vision.learn != "frozen", tuple(pairs.area) != (1.0, 1.0), pairs.mask_share > 0, data.workers > 0]
+    if data.features == "memory" and any(changing):
+        raise ValueError(
+            f"data.features is 'memory', but vision.learn is {run.vision.learn!r}, pairs.area {pairs.area}, "
+            f"pairs.mask_share {pairs.mask_share} and data.workers {data.workers}; features are kept of a frozen "
+            "encoder and of pictures that never change: set frozen, 1 1, 0 and 0"
+        )
