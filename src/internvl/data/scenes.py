@@ -5,6 +5,7 @@ What is asked about a scene is `questions.py`. Everything follows from the gener
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -27,6 +28,10 @@ ALPHA = 100
 """Opacity from which a pixel belongs to the object's box."""
 
 
+CLEAR = 24
+"""Opacity up to which a pixel shows what lies behind; as far from the other end it shows the thing."""
+
+
 @dataclass
 class Thing:
     noun: str
@@ -37,6 +42,9 @@ class Thing:
     colour: str | None
     entry: Entry | None = None
     """None for a painted shape."""
+    opacity: Image.Image | None = None
+    """Of the picture as it was pasted, 0..255, with its left upper corner at `place`; None before."""
+    place: tuple[int, int] = (0, 0)
 
     @property
     def centre(self) -> tuple[float, float]:
@@ -61,6 +69,20 @@ class Scene:
             round(1000 * left / width), round(1000 * top / height),
             round(1000 * right / width), round(1000 * bottom / height),
         )  # fmt: skip
+
+    def mask(self, value: Callable[[Thing], int], ground: int, unsure: int = 0) -> Image.Image:
+        """What every pixel shows: `value` of the thing pasted last there, `ground` where none is; `unsure` at soft
+        edges and where a thing is half transparent.
+        """
+        values = np.full(self.image.size[::-1], ground, np.uint8)
+        for thing in self.things:
+            if thing.opacity is None:
+                continue
+            opacity, (left, top) = np.asarray(thing.opacity), thing.place
+            part = values[top : top + opacity.shape[0], left : left + opacity.shape[1]]
+            part[opacity > CLEAR] = unsure
+            part[opacity >= 255 - CLEAR] = value(thing)
+        return Image.fromarray(values)
 
     def groups(self) -> dict[str, list[Thing]]:
         found: dict[str, list[Thing]] = {}
@@ -268,6 +290,7 @@ def _place(scene: Scene, patch: Image.Image, thing: Thing, generator: np.random.
         if not _stands_out(small, scene.image.crop((left, top, left + size[0], top + size[1]))):
             continue
         scene.image.paste(small, (left, top), small)
+        thing.opacity, thing.place = small.getchannel("A"), (left, top)
         thing.box = (left + box[0], top + box[1], left + box[2], top + box[3])
         scene.things.append(thing)
         if thing.entry:
