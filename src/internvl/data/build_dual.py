@@ -184,7 +184,7 @@ def _write_classes(shop: Shop) -> None:
 
 
 def _write_masks(shop: Shop) -> None:
-    """masks/: composed scenes in the ADE20K layout, classes by kind of thing; numbers in classes.txt, the first is 1."""
+    """masks/: composed scenes in the ADE20K layout; classes are kinds of things, in classes.txt, the first is 1."""
     plan, folder = shop.plan, shop.plan.out / "masks"
     sides: tuple[tuple[str, Split, int], ...] = (
         ("training", "train", plan.scenes), ("validation", "heldout", plan.scenes // 3),

@@ -1,5 +1,6 @@
-"""What `pocket-dual` is tested on, and so is not trained on: a hundred real stamps, all other held-out pictures, classes
-of photos, masks of composed scenes. Training sets are `build_dual.py`'s.
+"""What `pocket-dual` is tested on, and so is not trained on: a hundred real stamps, all other held-out pictures.
+
+Also the classes of photos and of masks. Writing the sets is `build_dual.py`'s.
 """
 
 from __future__ import annotations
@@ -97,9 +98,7 @@ def _rank(group: str) -> tuple[int, str]:
     return int(group[:8], 16) % 1000, group
 
 
-def _with_captions(
-    fresh: set[str], groups: Mapping[str, list[Entry]], of_caption: Mapping[str, set[str]]
-) -> set[str]:
+def _with_captions(fresh: set[str], groups: Mapping[str, list[Entry]], of_caption: Mapping[str, set[str]]) -> set[str]:
     """These groups and all that share a caption with one of them, however far."""
     held: set[str] = set()
     waiting = sorted(fresh)

@@ -69,9 +69,7 @@ def _clean(foreign: Mapping[str, list[str]], english: list[str]) -> Captions:
 def english(entry: Entry) -> list[str]:
     """A sentence, then what else the package says: title, description, keywords."""
     texts = [caption_of(entry)]
-    if entry.source in EMOJI:
-        texts.append(entry.title)
-    elif entry.source == "gcompris":
+    if entry.source in (*EMOJI, "gcompris"):
         texts.append(entry.title)
     elif entry.source == "openclipart":
         keywords = [word for word in entry.keywords if len(word) <= LONGEST_KEYWORD]
