@@ -28,7 +28,7 @@ CUTOUT_PX, PHOTO_PX = 224, 256
 """Side of the white square of a cut-out; longest side of a photo. The model squashes either to 224 px."""
 FULL = 0.95
 """Longest side of a cut-out as a share of its square."""
-REPEATS = {"english": 4, "stamps": 0.5, "emoji": 0.3, "quiz": 0.5}
+REPEATS = {"english": 4.0, "stamps": 0.5, "emoji": 0.3, "quiz": 0.5}
 """repeat_time of the meta JSON: about as much English as other languages."""
 SCENES_STREAM = 200
 """First number of the seeds of scenes with masks; pocket's sets use smaller ones."""
