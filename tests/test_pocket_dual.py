@@ -15,10 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import internvl
 from internvl import pocket_dual
+from internvl.commands.data import main as data_command
 from internvl.convert.dual import OFFICIAL_RULES
 from internvl.convert.keys import expand
 from internvl.data import heldout_dual
@@ -162,6 +163,13 @@ def test_a_change_that_does_not_fit_is_refused(tiny: dict[str, torch.Tensor], tm
         pocket_dual.ship(tmp_path / "nan", tmp_path / "out")
 
 
+def test_heads_that_are_a_package_s_weights_are_refused(tiny: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    name = "qllama.model.norm.weight"
+    save_file({name: tiny[name]}, tmp_path / pocket_dual.HEADS)
+    with pytest.raises(ValueError, match=r"1 keys are no heads: qllama\.model\.norm\.weight"):
+        pocket_dual.assemble(tmp_path, tmp_path / "out")
+
+
 def test_absent_weights_say_how_to_make_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("internvl.pocket.__file__", str(tmp_path / "src" / "internvl" / "pocket.py"))
     with pytest.raises(ValueError, match=r"heads\.safetensors is missing.*pocket_dual_contrastive"):
@@ -290,7 +298,8 @@ def all_files(folder: Path) -> dict[str, bytes]:
 
 
 def test_any_number_of_processes_builds_the_same(collected: Path, built: Path, tmp_path: Path) -> None:
-    build(Plan(collected, tmp_path, scenes=6, workers=2))
+    asked = ["dual", "--collected", str(collected), "--out", str(tmp_path), "--scenes", "6", "--workers", "2"]
+    assert data_command(asked) == 0
     assert all_files(tmp_path) == all_files(built)
 
 
