@@ -28,7 +28,7 @@ from internvl.data.collect import collected_folder
 from internvl.data.heldout_dual import MASK_CLASSES, NUM_STAMPS, caption_key, is_real_stamp, split
 from internvl.data.labelled import read_ade20k, read_image_folder, read_mask
 from internvl.data.library import Entry, Library
-from internvl.data.multilingual import FILE, language_code, read_captions
+from internvl.data.multilingual import FILE, brief, language_code, read_captions
 from internvl.data.packaged.language import SmolFile
 from internvl.data.scenes import Scene, Thing
 from internvl.fetch import WEIGHTS, cache_folder, find
@@ -364,6 +364,18 @@ def test_classes_and_masks_are_read_as_what_they_are(built: Path) -> None:
 def test_codes_of_languages_have_one_spelling() -> None:
     codes = {code: language_code(code) for code in ("fr", "zh", "zh_CN", "pt_BR", "sr@latin", "ca@valencia")}
     assert list(codes.values()) == ["fr", "zh-CN", "zh-CN", "pt-BR", "sr-Latn", "ca-valencia"]
+
+
+def test_long_texts_give_their_first_sentence_or_nothing() -> None:
+    long = "A very " + "long " * 40 + "sentence."
+    assert brief(["This is the high Dome of St. Peter. It is in Rome.", "Dome"]) == [
+        "This is the high Dome of St. Peter.",
+        "Dome",
+    ]
+    assert brief([long + " More.", "Dome"]) == ["Dome"]
+    assert brief(["聖彼得大教堂" * 4 + "。它在羅馬。"]) == ["聖彼得大教堂" * 4 + "。"]
+    assert brief([long]) == [long]
+    assert brief([]) == []
 
 
 @pytest.mark.pocket

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -23,6 +24,10 @@ ENGLISH = "en"
 _CODES = {"zh": "zh-CN", "sr@latin": "sr-Latn", "ca@valencia": "ca-valencia"}
 _SAME = ("en-GB", "en-AU")
 """English again: only where the words differ."""
+MOST_BYTES = 120
+"""Of a sentence about a photo: in most scripts a byte or two are a token, and 80 tokens are read."""
+_SENTENCE = re.compile(r".{20,}?(?:(?<!\bSt)[.!?](?=\s)|[。।])", re.DOTALL)
+"""Twenty letters at least: early stops are those of abbreviations. Saints are met in names of places."""
 MOST_KEYWORDS, LONGEST_KEYWORD = 6, 14
 EMOJI = ("openmoji", "noto", "emojione")
 
@@ -69,12 +74,21 @@ def _clean(foreign: Mapping[str, list[str]], english: list[str]) -> Captions:
 def english(entry: Entry) -> list[str]:
     """A sentence, then what else the package says: title, description, keywords."""
     texts = [caption_of(entry)]
-    if entry.source in (*EMOJI, "gcompris"):
+    if entry.source in EMOJI:
         texts.append(entry.title)
+    elif entry.source == "gcompris":
+        texts = brief([*texts, entry.title])
     elif entry.source == "openclipart":
         keywords = [word for word in entry.keywords if len(word) <= LONGEST_KEYWORD]
         texts += [*entry.captions, ", ".join(keywords[:MOST_KEYWORDS]) if len(keywords) > 2 else ""]
     return list(dict.fromkeys(text.strip() for text in texts if text.strip()))
+
+
+def brief(texts: list[str]) -> list[str]:
+    """The first sentence of each text, without those that are still too long unless nothing else is left."""
+    found = [_SENTENCE.match(text) for text in texts]
+    sentences = [match[0] if match else text for match, text in zip(found, texts, strict=True)]
+    return [text for text in sentences if len(text.encode()) <= MOST_BYTES] or sentences[-1:]
 
 
 def _sources() -> dict[str, Callable[[Entry], dict[str, list[str]]]]:
@@ -97,6 +111,6 @@ def _sources() -> dict[str, Callable[[Entry], dict[str, list[str]]]]:
         if entry.path in words:
             return {code: [word] for code, word in words[entry.path].items()}
         texts = [*entry.captions, entry.title]
-        return {code: [said for text in texts if (said := say(text))] for code, say in messages.items()}
+        return {code: brief([said for text in texts if (said := say(text))]) for code, say in messages.items()}
 
     return {"stamps": of_stamp, "gcompris": of_quiz, **dict.fromkeys(EMOJI, of_emoji)}
