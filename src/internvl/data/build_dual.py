@@ -203,8 +203,7 @@ def _write_scene(library: Library, folder: Path, name: str, seed: tuple[int, int
     """A scene's seed is its own, so that the number of processes changes nothing."""
     scene = scenes.compose(library, np.random.default_rng((*seed, number)), "mixed", small=True)
     scene.image.save(folder / "images" / name / f"{number:05d}.jpg", "JPEG", quality=QUALITY)
-    mask = scene.mask(heldout_dual.mask_class, heldout_dual.GROUND)
-    mask.save(folder / "annotations" / name / f"{number:05d}.png")
+    heldout_dual.mask(scene).save(folder / "annotations" / name / f"{number:05d}.png")
 
 
 def _each(call: Callable[[Any], None], items: Iterable[Any], workers: int) -> None:

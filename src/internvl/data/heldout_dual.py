@@ -9,9 +9,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+from PIL import Image
+
 from internvl.data.library import Entry
 from internvl.data.packaged.common import set_of
-from internvl.data.scenes import Thing
+from internvl.data.scenes import Scene, Thing
 
 NUM_STAMPS = 100
 """Captions to choose from in the small retrieval test, as in the baseline of a ridge regression."""
@@ -22,6 +25,8 @@ KINDS = ("animal", "plant", "food", "person", "object")
 """Classes of the masks; `background` comes before them."""
 GROUND = 1
 """Number of `background` in a mask; 0 is not scored (ADE20K)."""
+CLEAR = 24
+"""Opacity up to which a pixel shows what lies behind; as far from the other end it shows the thing."""
 MASK_CLASSES = ("background", *KINDS)
 
 _MAMMALS = set_of(
@@ -128,6 +133,19 @@ def class_of(entry: Entry) -> str | None:
     return next((name for name, folders in _CLASSES.items() if folder in folders), None) or (
         "mammal" if entry.category == "animal" and "mammal" in entry.wider else None
     )
+
+
+def mask(scene: Scene) -> Image.Image:
+    """Class number of every pixel, of the thing pasted last there; soft edges and half transparency do not count."""
+    values = np.full(scene.image.size[::-1], GROUND, np.uint8)
+    for thing in scene.things:
+        if thing.opacity is None:
+            continue
+        opacity, (left, top) = np.asarray(thing.opacity), thing.place
+        part = values[top : top + opacity.shape[0], left : left + opacity.shape[1]]
+        part[opacity > CLEAR] = 0
+        part[opacity >= 255 - CLEAR] = mask_class(thing)
+    return Image.fromarray(values)
 
 
 def mask_class(thing: Thing) -> int:

@@ -5,7 +5,6 @@ What is asked about a scene is `questions.py`. Everything follows from the gener
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,10 +25,6 @@ MAX_HIDDEN = 0.12
 """Share of an object's box that another may cover: at least 88 % stay visible."""
 ALPHA = 100
 """Opacity from which a pixel belongs to the object's box."""
-
-
-CLEAR = 24
-"""Opacity up to which a pixel shows what lies behind; as far from the other end it shows the thing."""
 
 
 @dataclass
@@ -69,20 +64,6 @@ class Scene:
             round(1000 * left / width), round(1000 * top / height),
             round(1000 * right / width), round(1000 * bottom / height),
         )  # fmt: skip
-
-    def mask(self, value: Callable[[Thing], int], ground: int, unsure: int = 0) -> Image.Image:
-        """What every pixel shows: `value` of the thing pasted last there, `ground` where none is; `unsure` at soft
-        edges and where a thing is half transparent.
-        """
-        values = np.full(self.image.size[::-1], ground, np.uint8)
-        for thing in self.things:
-            if thing.opacity is None:
-                continue
-            opacity, (left, top) = np.asarray(thing.opacity), thing.place
-            part = values[top : top + opacity.shape[0], left : left + opacity.shape[1]]
-            part[opacity > CLEAR] = unsure
-            part[opacity >= 255 - CLEAR] = value(thing)
-        return Image.fromarray(values)
 
     def groups(self) -> dict[str, list[Thing]]:
         found: dict[str, list[Thing]] = {}
