@@ -101,7 +101,7 @@ def parse_with(module: str, kind: str) -> Any:
 
 
 def parse_data(words: list[str]) -> None:
-    parse_with("data", {"collect": "Collect", "build": "Build", "show": "Show"}[words[0]])(words[1:])
+    parse_with("data", {"collect": "Collect", "build": "Build", "dual": "Dual", "show": "Show"}[words[0]])(words[1:])
 
 
 def parse_train(words: list[str]) -> None:

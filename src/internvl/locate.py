@@ -1,4 +1,7 @@
-"""What someone calls a model -> the folder with its files: a path, `pocket`, or a hub id. Reading it is `load.py`'s."""
+"""What someone calls a model -> the folder with its files: a path, `pocket`, `pocket-dual`, or a hub id.
+
+Reading it is `load.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,10 @@ def locate(name: str | Path) -> Path:
         from internvl.pocket import pocket_folder
 
         return pocket_folder()
+    if str(name) == "pocket-dual":
+        from internvl.pocket_dual import pocket_dual_folder
+
+        return pocket_dual_folder()
     if Path(name).is_dir():
         return Path(name)
     if str(name) in CHAT:

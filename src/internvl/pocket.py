@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,29 +70,37 @@ def merge(state: dict[str, Tensor], folder: Path, prefix: str) -> None:
         state[key] = (state[key].float() + change).to(state[key].dtype)
 
 
-def shipped_folder() -> Path:
-    """`weights/pocket` inside the installed package, or beside `src` in a checkout."""
+def shipped_folder(
+    name: str = "pocket",
+    part: str = "connector.safetensors",
+    rebuild: str = "pocket_align, then pocket_sft of `internvl train --list`",
+) -> Path:
+    """`weights/NAME` inside the installed package, or beside `src` in a checkout; `part` is never absent from it."""
     here = Path(__file__).resolve().parent
-    for folder in (here / "weights" / "pocket", here.parent.parent / "weights" / "pocket"):
-        if (folder / "connector.safetensors").is_file():
+    for folder in (here / "weights" / name, here.parent.parent / "weights" / name):
+        if (folder / part).is_file():
             return folder
     raise ValueError(
-        f"the trained parts of `pocket` are not beside {here}: connector.safetensors is missing; "
-        "reinstall internvl, or rebuild them: pocket_align, then pocket_sft of `internvl train --list`"
+        f"the trained parts of `{name}` are not beside {here}: {part} is missing; "
+        f"reinstall internvl, or rebuild them: {rebuild}"
     )
 
 
 def pocket_folder(shipped: Path | None = None) -> Path:
     """Official-layout folder of `pocket`, assembled once for each state of the shipped files."""
-    source = shipped or shipped_folder()
-    target = cache_folder() / f"pocket-{_digest(source)}"
+    return assembled("pocket", shipped or shipped_folder(), assemble)
+
+
+def assembled(name: str, source: Path, make: Callable[[Path, Path], None], layout: int = LAYOUT) -> Path:
+    """The folder in the cache that `make(source, folder)` writes, once for each state of the shipped files."""
+    target = cache_folder() / f"{name}-{_digest(source, layout)}"
     if target.is_dir():
         return target
     with locked(target):
         if not target.is_dir():
-            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".pocket-") as scratch:
-                fresh = Path(scratch) / "pocket"
-                assemble(source, fresh)
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch:
+                fresh = Path(scratch) / name
+                make(source, fresh)
                 fresh.rename(target)
     return target
 
@@ -126,6 +135,11 @@ def write_settings(target: Path, tokenizer: Any, dtype: torch.dtype = torch.bflo
     (target / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (target / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     tokenizer.chat_template = chat_template(CONFIG.template, CONFIG.system_message)  # not that of the base model
+    write_tokenizer(target, tokenizer)
+
+
+def write_tokenizer(target: Path, tokenizer: Any) -> None:
+    """The tokenizer's files, under a class name that older readers know too."""
     tokenizer.save_pretrained(os.fspath(target))
     path = target / "tokenizer_config.json"  # the class name that transformers 4 and serving tools know as well
     path.write_text(
@@ -139,8 +153,8 @@ def _connector_key(name: str) -> str:
     return f"mlp1.{ {'norm': '0', 'fc1': '1', 'fc2': '3'}.get(part, part) }.{leaf}"
 
 
-def _digest(folder: Path) -> str:
-    digest = hashlib.sha256(f"{LAYOUT}\n".encode())
+def _digest(folder: Path, layout: int) -> str:
+    digest = hashlib.sha256(f"{layout}\n".encode())
     for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json")):
         digest.update(f"{path.relative_to(folder)}\n".encode())
         digest.update(path.read_bytes())

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from internvl.data.packaged import clipart, emojione, gcompris, openmoji, stamps
+from internvl.data.packaged import clipart, emojione, gcompris, openmoji, qt, stamps
 from internvl.data.packaged.wordnet import Nouns
 from internvl.data.sheet import sheet
 
@@ -73,6 +73,47 @@ def test_emojione_is_found_by_code(tmp_path: Path) -> None:
     put(tmp_path / "gem/assets/png/1F98A.png", png())
     (fox,) = emojione.read(tmp_path / "gem", emoji_names(tmp_path / "names"))
     assert (fox.title, fox.series, fox.names["fr"]) == ("fox", "emoji/🦊", "renard")
+
+
+def test_emoji_have_names_in_every_language_that_is_there(tmp_path: Path) -> None:
+    folder = emoji_names(tmp_path)
+    assert openmoji.languages(folder) == ("fr", "zh")
+    assert dict(openmoji.named(folder, ("fr",)))["🦊"] == {"symbol": "🦊", "en": "fox", "fr": "renard"}
+    assert openmoji.plain_symbol("1F98A.svg") == "🦊"
+    assert openmoji.plain_symbol("1F43B-200D-2744-FE0F.svg") == "🐻‍❄"
+
+
+def message(source: str, *forms: str) -> bytes:
+    """One message of a .qm file: source text, translations, its end."""
+    parts = [struct.pack(">BI", 6, len(source.encode())) + source.encode(), struct.pack(">BI", 5, 7)]
+    parts += [struct.pack(">BI", 3, len(x.encode("utf-16-be"))) + x.encode("utf-16-be") for x in forms]
+    return b"".join(parts) + struct.pack(">BIB", 3, 0xFFFFFFFF, 1)
+
+
+def qm(texts: dict[str, tuple[str, ...]]) -> bytes:
+    content, hashes = b"", b""
+    for source, forms in texts.items():
+        hashes += struct.pack(">II", qt.elf_hash(source.encode()), len(content))
+        content += message(source, *forms)
+    blocks = b"".join(struct.pack(">BI", tag, len(x)) + x for tag, x in ((0x42, hashes), (0x69, content)))
+    return qt.MAGIC + bytes(12) + blocks
+
+
+@given(st.dictionaries(st.text(min_size=1), st.text(min_size=1), max_size=6))
+def test_qt_messages_are_found_by_their_source(texts: dict[str, str]) -> None:
+    plain = {a: b for a, b in texts.items() if not any(0xD800 <= ord(x) < 0xE000 for x in a + b)}
+    found = qt.Messages(qm({source: (said, "another form") for source, said in plain.items()}))
+    if len({qt.elf_hash(source.encode()) for source in plain}) == len(plain):
+        assert {source: found(source) for source in plain} == plain
+    assert qt.Messages(qm({"a": ("b",)}))("c") is None
+
+
+def test_qt_hash_is_that_of_elf_symbol_tables() -> None:
+    known = {b"exit": 0x0006CF04, b"printf": 0x077905A6, b"syscall": 0x0B09985C, b"flapenguin.me": 0x03987915}
+    assert {name: qt.elf_hash(name) for name in known} == known  # published values; the last two fold the top bits
+    assert qt.elf_hash(b"") == 1
+    with pytest.raises(ValueError, match="begins with"):
+        qt.Messages(b"GIF89a")
 
 
 def svg(title: str, *keywords: str) -> str:

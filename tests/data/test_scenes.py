@@ -50,7 +50,7 @@ def _row(
         "captions": [], "keywords": [], "category": "", "cutout": cutout, "background": not cutout, "colour": colour,
         "fill": 0.7,
         "parts": 1, "proper": False, "split": "heldout" if place >= 8 and place % 2 == 0 else "train",
-        "name_seen": True, "width": image.width, "height": image.height,
+        "name_seen": True, "path": "", "group": "", "width": image.width, "height": image.height,
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`internvl data`: collect the packaged pictures, build pocket's sets from them, look at samples."""
+"""`internvl data`: collect the packaged pictures, build the sets of pocket and pocket-dual, look at samples."""
 
 from __future__ import annotations
 
@@ -34,6 +34,19 @@ class Build:
 
 
 @dataclass(frozen=True)
+class Dual:
+    """pocket-dual's pictures with captions in many languages, and its held-out sets, classes and masks."""
+
+    out: Path = Path("data/pocket_dual")
+    scenes: int = 300
+    """Composed scenes with masks for training; a third of that for validation."""
+    workers: int = os.cpu_count() or 2
+    seed: int = 0
+    collected: Path | None = None
+    """Folder that `collect` made; made now where it is missing."""
+
+
+@dataclass(frozen=True)
 class Show:
     """A contact sheet of random lines with questions and answers."""
 
@@ -45,10 +58,12 @@ class Show:
 
 def main(arguments: list[str]) -> int:
     asked = tyro.extras.subcommand_cli_from_dict(
-        {"collect": Collect, "build": Build, "show": Show}, args=arguments, prog="internvl data"
+        {"collect": Collect, "build": Build, "dual": Dual, "show": Show}, args=arguments, prog="internvl data"
     )
     if isinstance(asked, Collect):
         return _collect(asked)
+    if isinstance(asked, Dual):
+        return _dual(asked)
     return _build(asked) if isinstance(asked, Build) else _show(asked)
 
 
@@ -66,6 +81,16 @@ def _build(asked: Build) -> int:
     collected = asked.collected or collect(workers=asked.workers)
     plan = Plan(collected, asked.out, asked.scenes, asked.words, asked.seed, asked.workers)
     build(plan, say)
+    return 0
+
+
+def _dual(asked: Dual) -> int:
+    from internvl.data.build_dual import Plan, build
+    from internvl.data.build_pocket import say
+    from internvl.data.collect import collect
+
+    collected = asked.collected or collect(workers=asked.workers)
+    build(Plan(collected, asked.out, asked.scenes, asked.seed, asked.workers), say)
     return 0
 
 

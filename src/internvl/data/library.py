@@ -6,7 +6,7 @@ Making scenes of them is `scenes.py`; the folder comes from `collect.py`.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -52,6 +52,10 @@ class Entry:
     name_seen: bool
     width: int
     height: int
+    path: str
+    """Inside the package."""
+    group: str
+    """Smallest id of the pictures that look like this one."""
 
     @property
     def single(self) -> bool:
@@ -65,14 +69,21 @@ class Entry:
 
 
 class Library:
-    def __init__(self, folder: Path, split: Split) -> None:
-        self.folder, self.split = folder, split
+    """`held_out` names the held-out pictures by id where a set keeps back more than the collected split does."""
+
+    def __init__(self, folder: Path, split: Split, held_out: frozenset[str] | None = None) -> None:
+        self.folder, self.split, self.held_out = folder, split, held_out
         self._decoded: dict[str, Image.Image] = {}
 
     @cached_property
     def all(self) -> list[Entry]:
         lines = (self.folder / "pictures.jsonl").read_text(encoding="utf-8").splitlines()
-        return [_entry(json.loads(line)) for line in lines]
+        found = [_entry(json.loads(line)) for line in lines]
+        if self.held_out is None:
+            return found
+        seen = {entry.head for entry in found if entry.id not in self.held_out}
+        sides: dict[bool, Split] = {True: "heldout", False: "train"}
+        return [replace(e, split=sides[e.id in self.held_out], name_seen=e.head in seen) for e in found]
 
     @cached_property
     def entries(self) -> list[Entry]:

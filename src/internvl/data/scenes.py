@@ -37,6 +37,9 @@ class Thing:
     colour: str | None
     entry: Entry | None = None
     """None for a painted shape."""
+    opacity: Image.Image | None = None
+    """Of the picture as it was pasted, 0..255, with its left upper corner at `place`; None before."""
+    place: tuple[int, int] = (0, 0)
 
     @property
     def centre(self) -> tuple[float, float]:
@@ -268,6 +271,7 @@ def _place(scene: Scene, patch: Image.Image, thing: Thing, generator: np.random.
         if not _stands_out(small, scene.image.crop((left, top, left + size[0], top + size[1]))):
             continue
         scene.image.paste(small, (left, top), small)
+        thing.opacity, thing.place = small.getchannel("A"), (left, top)
         thing.box = (left + box[0], top + box[1], left + box[2], top + box[3])
         scene.things.append(thing)
         if thing.entry:

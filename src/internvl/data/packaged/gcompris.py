@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from internvl.data.packaged.common import Found, set_of
+from internvl.data.packaged.qt import Messages
 
 _LANG = "gcompris/src/activities/lang/resource/"
 _ABSTRACT_LESSONS = ("color", "number", "verb", "adjective")
@@ -104,22 +105,44 @@ def _categories(root: Path) -> Iterator[Found]:
 def _words(root: Path) -> Iterator[Found]:
     files = resources(root, "lang")
     tables = {x: json.loads(files[f"{_LANG}content-{of}.json"]) for x, of in (("fr", "fr"), ("zh", "zh_CN"))}
+    for path, key, lesson, word in _word_items(files):
+        yield Found(
+            data=files[path],
+            path=path,
+            source="gcompris",
+            kind="drawing",
+            title=word,
+            names={x: table[key] for x, table in tables.items() if table.get(key)},
+            category=lesson,
+            series=f"gcompris/{word}",
+        )
+
+
+def words_by_language(root: Path) -> dict[str, dict[str, str]]:
+    """Path of a drawn word -> language as the package spells it -> the word."""
+    files = resources(root, "lang")
+    found = {name: re.search(r"content-(.+)\.json$", name) for name in files}
+    tables = {match[1]: json.loads(files[name]) for name, match in sorted(found.items()) if match}
+    return {
+        path: {language: table[key] for language, table in tables.items() if table.get(key)}
+        for path, key, _, _ in _word_items(files)
+    }
+
+
+def translations(root: Path) -> dict[str, Messages]:
+    """Language as the package spells it -> its translations of titles and texts."""
+    files = sorted((root / "usr/share/gcompris-qt/translations").glob("gcompris_*.qm"))
+    return {path.stem.removeprefix("gcompris_"): Messages(path.read_bytes(), str(path)) for path in files}
+
+
+def _word_items(files: dict[str, bytes]) -> Iterator[tuple[str, str, str, str]]:
+    """Path of the picture, key in the tables of languages, lesson, English word."""
     for chapter in json.loads(files[_LANG + "words_sample.json"]):
         for lesson in chapter["content"]:
             if any(word in lesson["name"].lower() for word in _ABSTRACT_LESSONS):
                 continue
             for item in lesson["content"]:
                 path = f"{_LANG}words_sample/{item['image']}"
-                if path not in files or item["description"] in _RELATIVES:
-                    continue
-                key = Path(item["voice"]).name.replace("$CA", "ogg")
-                yield Found(
-                    data=files[path],
-                    path=path,
-                    source="gcompris",
-                    kind="drawing",
-                    title=item["description"],
-                    names={x: table[key] for x, table in tables.items() if table.get(key)},
-                    category=lesson["name"].lower(),
-                    series=f"gcompris/{item['description']}",
-                )
+                if path in files and item["description"] not in _RELATIVES:
+                    key = Path(item["voice"]).name.replace("$CA", "ogg")
+                    yield path, key, lesson["name"].lower(), item["description"]

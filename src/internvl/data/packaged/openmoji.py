@@ -41,11 +41,11 @@ def read(drawings: Path, names: Path) -> Iterator[Found]:
         )
 
 
-def named(names: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Emoji without variation mark, with `symbol` as listed and its names by language."""
+def named(names: Path, languages: tuple[str, ...] = ("fr", "zh")) -> Iterator[tuple[str, dict[str, str]]]:
+    """Emoji without variation mark, with `symbol` as listed and its names by language, English always."""
     tables: dict[str, dict[str, Any]] = {
         language: json.loads(next(names.rglob(f"emoji{suffix}.json")).read_text(encoding="utf-8"))
-        for language, suffix in (("en", ""), ("fr", "_fr"), ("zh", "_zh"))
+        for language, suffix in (("en", ""), *((x, f"_{x}") for x in languages))
     }
     done = set()
     for symbol, entry in sorted(tables["en"].items()):
@@ -54,8 +54,19 @@ def named(names: Path) -> Iterator[tuple[str, dict[str, str]]]:
         if plain in done or joined or _SIGN.search(entry["en"]):
             continue
         done.add(plain)
-        other = {x: _words(tables[x][symbol]) for x in ("fr", "zh") if symbol in tables[x]}
+        other = {x: _words(tables[x][symbol]) for x in languages if symbol in tables[x]}
         yield plain, {"symbol": symbol, "en": _words(entry["en"]), **other}
+
+
+def languages(names: Path) -> tuple[str, ...]:
+    """Codes of the languages that the package knows besides English."""
+    return tuple(sorted(path.stem.removeprefix("emoji_") for path in names.rglob("emoji_*.json")))
+
+
+def plain_symbol(path: str) -> str:
+    """The emoji of a picture called after its code points, without variation mark: 1F98A.svg is a fox."""
+    codes = path.rsplit(".", 1)[0].split("-")
+    return "".join(chr(int(code, 16)) for code in codes).replace("\ufe0f", "")
 
 
 def _file(folder: Path, symbol: str) -> Path:

@@ -12,14 +12,19 @@ _SKIPPED = "symbols/"
 """Coins, notes, sign language and letters of many scripts: rendered words teach reading better."""
 
 
+def folder(root: Path) -> Path:
+    """What the paths of the pictures are relative to."""
+    return root / "usr/share/tuxpaint/stamps"
+
+
 def read(root: Path) -> Iterator[Found]:
-    base = root / "usr/share/tuxpaint/stamps"
+    base = folder(root)
     for path in sorted(base.rglob("*")):
         relative = path.relative_to(base).as_posix()
         text = path.with_suffix(".txt")
         if path.suffix not in (".png", ".svg") or path.stem.endswith(("_mirror", "_flip")) or not text.is_file():
             continue
-        captions = _captions(text)
+        captions = captions_of(text)
         if not captions.get("en") or relative.startswith(_SKIPPED):
             continue
         folders = [part for part in relative.split("/")[:-1] if part != "cartoon"]
@@ -39,7 +44,8 @@ def read(root: Path) -> Iterator[Found]:
         )
 
 
-def _captions(path: Path) -> dict[str, str]:
+def captions_of(path: Path) -> dict[str, str]:
+    """Language as the file spells it (fr, zh_CN, sr@latin) -> caption; `path` is the stamp's text file."""
     lines = [x for x in path.read_text(encoding="utf-8", errors="replace").splitlines() if x.strip() and x[0] != "#"]
     captions = {"en": lines[0].strip()} if lines else {}
     for line in lines[1:]:

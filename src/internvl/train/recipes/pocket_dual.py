@@ -68,11 +68,14 @@ def pocket_dual_generative() -> RunConfig:
 
 
 def prepare(run: RunConfig) -> None:
-    """ValueError where the base, the pairs or the run before are missing."""
+    """Assemble the base where a recipe starts from it; ValueError where the pairs or the run before are missing."""
+    from internvl.pocket_dual import write_base
     from internvl.train.recipes.pocket import prepare as earlier
 
-    if run.model == BASE and not (Path(BASE) / "config.json").is_file():
-        raise ValueError(f"{BASE} is not there; it holds the parts of `pocket-dual` as one model: give another --model")
-    earlier(run)
     if not Path(run.data.meta).is_file():
-        raise ValueError(f"{run.data.meta} is not there; give --data.meta a meta JSON or JSONL file of pairs")
+        raise ValueError(
+            f"{run.data.meta} is not there; `internvl data dual` makes it, or give --data.meta a meta JSON of pairs"
+        )
+    if run.model == BASE and not (Path(BASE) / "config.json").is_file():
+        write_base(Path(BASE), run.seed)
+    earlier(run)
