@@ -102,7 +102,7 @@ class PairBatch:
     contrast: Texts
     """`summarize:` and the text."""
     same: Int[Tensor, " pairs"]
-    """Number of each pair's picture: pairs of one picture are no negatives of each other."""
+    """Equal for pairs of one picture or one text (`image_text.alike`): they are no negatives of each other."""
     valid: Bool[Tensor, " pairs"]
     """False for a pair that stands in for one that could not be read: it counts in no loss."""
     kept: Int[Tensor, "pairs kept"] | None = None

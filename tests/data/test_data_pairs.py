@@ -17,8 +17,8 @@ from PIL import Image
 
 from internvl.batch import PairBatch, Texts
 from internvl.data.crop import RATIOS, random_box, random_crop, squash
-from internvl.data.dual_texts import CAPTION_PROMPT, TEXT_PREFIX, DualTokeniser, pad
-from internvl.data.image_text import PairEncoder, PairSettings, parse_pair
+from internvl.data.dual_texts import CAPTION_PROMPT, TEXT_PREFIX, DualTokeniser, Row, pad
+from internvl.data.image_text import PairEncoder, PairSample, PairSettings, alike, parse_pair
 from internvl.data.mixture import read_sets
 from internvl.data.pair_loader import PairLoader
 from internvl.zoo import DUAL
@@ -38,7 +38,7 @@ def meta(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.new("RGB", (30 + n, 40), (20 * n, 90, 255 - 20 * n)).save(folder / f"{n}.png")
             lines.append({"id": n, "image": f"{n}.png", "caption": [f"number {n}", f"第{n}张"] if n % 2 else f"n {n}"})
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    sets = {name: {"root": str(folder), "annotation": f"{name}.jsonl", "length": 0} for name in "ab"}
+    sets = {name: {"root": str(folder), "annotation": f"{name}.jsonl"} for name in "ab"}
     sets["b"]["repeat_time"] = 2
     (folder / "meta.json").write_text(json.dumps(sets))
     return folder / "meta.json"
@@ -280,3 +280,24 @@ def test_kept_pictures_are_not_opened_and_change_nothing_else(meta: Path) -> Non
 
 def named(meta: Path) -> list[bytes]:
     return [name for batch in loader(meta, known=lambda _: False).once() for name in batch.names]
+
+
+@given(
+    places=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12),
+)
+def test_equal_pictures_and_equal_texts_are_one_group(places: list[tuple[int, int]]) -> None:
+    """Groups are the connected parts of the graph of pictures and texts, found here by walking it."""
+    made = [
+        PairSample(None, None, Row([9, text], False), None, None, None, None, b"", 100 - picture, "")
+        for picture, text in places
+    ]
+    found = alike(made)
+    for a, start in enumerate(places):
+        reached = {start}
+        while True:
+            wider = {p for p in places if any(p[0] == q[0] or p[1] == q[1] for q in reached)}
+            if wider == reached:
+                break
+            reached = wider
+        assert [found[b] == found[a] for b in range(len(places))] == [p in reached for p in places]
+        assert found[a] == min(100 - picture for picture, _ in reached)

@@ -176,7 +176,7 @@ def collate_pairs(samples: Sequence[PairSample], valid: Sequence[bool], side: in
     return PairBatch(
         pixels=torch.stack(pixels) if pixels else torch.empty(0, 3, side, side, dtype=torch.uint8),
         contrast=pad([sample.contrast.ids for sample in samples]),
-        same=torch.tensor([sample.number for sample in samples]),
+        same=torch.tensor(alike(samples)),
         valid=torch.tensor(list(valid)),
         kept=torch.stack(kept) if kept else None,
         match=_padded([sample.match for sample in samples]),
@@ -187,6 +187,21 @@ def collate_pairs(samples: Sequence[PairSample], valid: Sequence[bool], side: in
         fresh=tuple(sample.name for sample in fresh) if named else (),
         sources=tuple(sample.source for sample in samples),
     )
+
+
+def alike(samples: Sequence[PairSample]) -> list[int]:
+    """A number for each pair, equal where pictures or texts are, also by way of a third pair: no negatives of each other.
+
+    It is the least of their pictures' numbers, so that ranks agree where they hold the same picture.
+    """
+    owner: dict[int | tuple[int, ...], int] = {}
+    group = list(range(len(samples)))
+    for place, sample in enumerate(samples):
+        for key in (sample.number, tuple(sample.contrast.ids)):
+            old, new = group[owner.setdefault(key, place)], group[place]
+            group = [new if one == old else one for one in group]
+    least = {one: min(s.number for s, of in zip(samples, group, strict=True) if of == one) for one in set(group)}
+    return [least[one] for one in group]
 
 
 def _padded(rows: Sequence[Row | None]) -> Texts | None:
