@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from dual_folder import make_dual, make_pictures, picture
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import internvl
+from dual_folder import make_dual, make_pictures, picture
 from internvl import cli
 from internvl.generate import embed as embedding
 from internvl.generate.dual import Dual
@@ -60,6 +60,7 @@ def test_a_folder_becomes_names_and_unit_vectors(
     assert not list(tmp_path.glob("*.parts"))
 
 
+@settings(max_examples=6)
 @given(order=st.permutations(ANY_SCRIPT), batch=st.integers(1, 7))
 def test_texts_do_not_depend_on_batch_padding_and_company(dual: Dual, order: list[str], batch: int) -> None:
     wanted = {text: dual.encode_text(text) for text in order[:3]}

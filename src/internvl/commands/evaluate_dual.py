@@ -120,7 +120,7 @@ def _retrieval(
         fit=asked.fit or ("crop" if video else "squash"),
         video=video,
         frames=asked.frames,
-        clean=not video if asked.clean is None else asked.clean,
+        clean=not video if asked.captions == "auto" else asked.captions == "clean",
         rerank=asked.rerank,
         dual_softmax=asked.dual_softmax,
     )

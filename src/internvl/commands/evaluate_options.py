@@ -74,8 +74,8 @@ class Retrieval(Listed):
     head: Literal["c", "g"] = "c"
     fit: Literal["squash", "crop"] | None = None
     """squash for pictures and crop for videos when left out, as published."""
-    clean: bool | None = None
-    """Clean captions as the official script does; pictures yes and videos no when left out. XTD is not cleaned."""
+    captions: Literal["auto", "clean", "raw"] = "auto"
+    """clean: as the official script does before it embeds them; auto: of pictures, not of videos. XTD wants raw."""
     rerank: int = 0
     """Put this many of the best in the order of image-text matching (InternVL-G); the paper does not."""
     dual_softmax: float | None = None

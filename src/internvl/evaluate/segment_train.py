@@ -104,7 +104,7 @@ def _crop(
 
 
 def _loss(model: Segmenter, pixels: Tensor, truth: Tensor, settings: SegmentSettings) -> Tensor:
-    """Cross-entropy over all pixels, those not scored counted as 0 (mmsegmentation); the auxiliary head's counts less."""
+    """Cross-entropy over all pixels, those not scored counted as 0 (mmsegmentation); the auxiliary one counts less."""
     main, second = model.both(pixels)
     loss = F.cross_entropy(resize(main, truth), truth, ignore_index=IGNORED, reduction="none").mean()
     if second is None:
