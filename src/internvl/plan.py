@@ -218,12 +218,12 @@ TEXT_LENGTH, BEAMS = 80, 5
 
 
 def dual_config_of(name: str | Path) -> DualConfig | None:
-    """Config of InternVL-C or -G by name of the zoo or checkpoint folder; None for any other model."""
+    """Config of InternVL-C or -G by name, hub id or checkpoint folder; None for any other model."""
     if Path(name).is_dir():
         path = Path(name) / "config.json"
         settings = read_json(path)
         return dual.from_official(settings, path) if dual.is_dual(settings) else None
-    return DUAL.get(str(name))
+    return DUAL.get(Path(name).name)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from internvl.config import DualConfig
 from internvl.convert import dual
 from internvl.convert.files import read_json
 from internvl.load_dual import load_dual, load_original, save_dual, save_original
+from internvl.locate import locate
 from internvl.models.contrastive import DualModel
 from internvl.rewrite import BESIDE, TOKENIZER_FILES, forget_code, fresh_folder
 from internvl.zoo import DUAL
@@ -33,9 +34,9 @@ class WrittenDual:
 
 
 def is_dual_source(source: str) -> bool:
-    """A name of the zoo, an original `.pth`, or a folder whose config.json is InternVL-C's or -G's."""
+    """A name of the zoo, its hub id, an original `.pth`, or a folder whose config.json is InternVL-C's or -G's."""
     path = Path(source)
-    if path.suffix == ORIGINAL or source in DUAL:
+    if path.suffix == ORIGINAL or (not path.is_dir() and path.name in DUAL):
         return True
     return (path / "config.json").is_file() and dual.is_dual(read_json(path / "config.json"))
 
@@ -62,13 +63,14 @@ def convert_dual(
         if like is not None:
             raise ValueError(f"--like {like}: {source} says its own sizes; leave it out")
         loaded = load_dual(source, dtype=dtype)
-        model, tokenizer, folder = loaded.model, loaded.tokenizer, Path(source)
-    said = (*("original" if side else "official" for side in (original, target.suffix == ORIGINAL)),)
+        model, tokenizer = loaded.model, loaded.tokenizer
+        folder = None if source.startswith("tiny-") else locate(source)
+    said = ("original" if original else "official", "original" if target.suffix == ORIGINAL else "official")
     if target.suffix == ORIGINAL:
         return _to_original(model, target, said, check, tolerance)
     with fresh_folder(target) as fresh:
         save_dual(model, None if _has_words(folder) else tokenizer, fresh)
-        if folder is not None and folder.is_dir():
+        if folder is not None:
             for name in (*BESIDE, *(TOKENIZER_FILES if _has_words(folder) else ())):
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, fresh / name)
@@ -81,7 +83,7 @@ def _has_words(folder: Path | None) -> bool:
     return folder is not None and any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
-def _to_original(model: DualModel, target: Path, said: tuple[str, ...], check: bool, tolerance: float) -> WrittenDual:
+def _to_original(model: DualModel, target: Path, said: tuple[str, str], check: bool, tolerance: float) -> WrittenDual:
     if target.exists():
         raise ValueError(f"{target}: is there already; give another name")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -291,6 +291,7 @@ def test_broken_pictures_are_left_out_and_named(model: Path, tmp_path: Path, cap
         ("retrieval", ("d/dataset.json", "--rerank", "2", "--dual-softmax", "1"), "leave out --dual-softmax"),
         ("zero-shot", ("classes", "--names", "twice.txt"), "class 'cat' stands 2 times"),
         ("zero-shot", ("classes", "--names", "two.txt"), "2 class names (two.txt) for 3 classes"),
+        ("zero-shot", ("classes", "--names", "turned.txt"), "class 0 is 'tree', but that folder is 'cat'"),
         ("zero-shot", ("classes", "--names", "blank.txt"), "no class; give at least one name"),
         ("zero-shot", ("classes", "--languages", "en", "zh"), "names of one language only"),
         ("zero-shot", ("classes", "--templates", "two.txt"), "has no place for the name"),
@@ -307,11 +308,25 @@ def test_bad_input_says_what_to_do(
     (tmp_path / "x" / "dataset.json").rename("empty.json")
     Path("twice.txt").write_text("cat\nbus\ncat\n")
     Path("two.txt").write_text("cat\nbus\n")
+    Path("turned.txt").write_text("tree\nred bus\ncat\n")
     Path("blank.txt").write_text("\n")
     Path("bad.json").write_text('{"images": [')
     assert cli.main(["evaluate", task, str(model), *words, "--out", "o", "--dtype", "float32"]) == 1
     assert said in capsys.readouterr().err
     assert not Path("o/result.json").exists()
+
+
+@pytest.mark.pocket_data
+@pytest.mark.parametrize(
+    ("language", "templates", "distinct"),
+    [("en", 80, 80), ("zh", 80, 78), ("ja", 37, 37), ("ar", 55, 55), ("it", 49, 46)],
+)
+def test_the_pinned_lists_are_the_published_ones(language: str, templates: int, distinct: int) -> None:
+    from internvl.data.packaged.class_names import read
+    from internvl.fetch import fetch
+
+    found = read(fetch("clip-benchmark"), "imagenet1k", language)
+    assert (len(found.names), len(found.templates), len(set(found.templates))) == (1000, templates, distinct)
 
 
 def result(**changes: Any) -> Result:

@@ -39,20 +39,20 @@ def main(task: str, arguments: Sequence[str]) -> int:
     from internvl.evaluate.dual_features import Features
     from internvl.generate.dual import Dual
 
-    work: Callable[[Any, Features, Path, list[Problem]], list[tuple[str, str, Outcome]]] = {
+    tasks: dict[str, Callable[[Any, Features, Path, list[Problem]], list[tuple[str, str, Outcome]]]] = {
         "zero-shot": _zero_shot,
         "retrieval": _retrieval,
         "captions": _captions,
         "probe": _probe,
         "segment": _segment,
-    }[task]
+    }
     if not asked.data.exists():
         raise FileNotFoundError(f"{asked.data}: no such file or folder")
     dual = Dual.open(asked.model, device=asked.device, dtype=asked.dtype)
     features = Features(dual, asked.features, asked.batch, bar)
     out = asked.out or _default_out(task, asked, features.fingerprint)
     problems: list[Problem] = []
-    found = work(asked, features, out, problems)
+    found = tasks[task](asked, features, out, problems)
     results = [_result(asked, features, *one, problems) for one in found]
     return _leave(asked, out, results, [outcome for _, _, outcome in found])
 
@@ -82,15 +82,12 @@ def _zero_shot(
 
     if len(asked.languages) > 1 and (asked.names is None or Path(asked.names).is_file()):
         raise ValueError("names of one language only; several --languages go with names of the package (imagenet1k)")
-    folders = asked.data.is_dir()
-    first = (
-        None
-        if folders and asked.names is None
-        else asked.names and read_prompts(asked.names, asked.templates, asked.languages[0])
-    )
-    data, video = read_classes(_where(asked, out), problems, first.names if first else None)
+    classes = None
+    if asked.names is not None and not asked.data.is_dir():
+        classes = read_prompts(asked.names, asked.templates, asked.languages[0]).names
+    data, video = read_classes(_where(asked, out), problems, classes)
     data = limited(data, asked.limit)
-    found = []
+    found: list[tuple[str, str, Outcome]] = []
     for language in asked.languages:
         prompts = read_prompts(asked.names, asked.templates, language, data.classes)
         outcome = zero_shot(

@@ -59,8 +59,9 @@ class ZeroShot(Listed):
     names: str | None = None
     """Class names: a file (one a line, in the order of the folders) or a benchmark of the package (imagenet1k); the
     names of the folders when left out."""
-    templates: Path | None = None
-    """Prompts, one a line, {} for the name; those of the benchmark when left out, else "a photo of a {}."."""
+    templates: str | None = None
+    """Prompts: a file, one a line, {} for the name, or a benchmark of the package; those of --names where that is one
+    when left out, else "a photo of a {}."."""
     languages: tuple[Language, ...] = ("en",)
     """Of names and prompts of the package; pictures are looked at once for all."""
     head: Literal["c", "g"] = "c"

@@ -46,7 +46,7 @@ def diagnose(folder: Path) -> tuple[DualConfig | None, list[Finding]]:
 def _keys(config: DualConfig, weights: Weights) -> Iterator[Finding]:
     stored = {k: size for k, size in weights.shapes.items() if not matches(k, dual.DERIVED_KEYS)}
     model = build_dual(config, device="meta").state_dict()
-    wanted = {}
+    wanted: dict[str, tuple[int, ...]] = {}
     for entry in expand(dual.OFFICIAL_RULES, model):
         wanted |= {key: tuple(model[ours].shape) for ours, key in zip(entry.ours, entry.disk, strict=True)}
     head = "qllama.lm_head.weight"

@@ -146,23 +146,44 @@ def _samples(where: Where, text_field: str, problems: list[Problem]) -> Iterator
             problems.append(Problem(sample.source, str(error)))
 
 
-def read_prompts(names: str | None, templates: Path | None, language: str, folders: Sequence[str] = ()) -> Prompts:
+def read_prompts(names: str | None, templates: str | None, language: str, folders: Sequence[str] = ()) -> Prompts:
     """Class names out of a file, of a benchmark of the package (imagenet1k) or of the folders; templates likewise.
 
-    Names of files must differ; those of the package are read as published.
+    Names of files must differ; those of the package are read as published. ValueError where names are those of the
+    folders, but in another order: every label would be wrong.
     """
-    lines = None if templates is None else _lines(templates)
+    found = _read_prompts(names, templates, language, folders)
+    said, wanted = ([name.casefold().replace("_", " ") for name in group] for group in (found.names, folders))
+    if said != wanted and sorted(said) == sorted(wanted):
+        place = next(n for n, pair in enumerate(zip(said, wanted, strict=True)) if pair[0] != pair[1])
+        raise ValueError(
+            f"{found.source}: class {place} is {found.names[place]!r}, but that folder is {folders[place]!r}; folders "
+            "count in alphabetical order: leave out --names, or write the names in that order"
+        )
+    return found
+
+
+def _read_prompts(names: str | None, templates: str | None, language: str, folders: Sequence[str]) -> Prompts:
+    lines = None if templates is None else _templates(templates, language)
     if names is None:
         if not folders:
             raise ValueError("no class names; give --names, a file or a benchmark such as imagenet1k")
         spelled = check_classes([folder.replace("_", " ") for folder in folders], "class folders")
-        return Prompts(spelled, lines or (PLAIN_TEMPLATE,), "folders" if lines is None else str(templates))
+        return Prompts(spelled, lines or (PLAIN_TEMPLATE,), "folders" if templates is None else f"folders, {templates}")
     if Path(names).is_file():
-        return Prompts(read_class_list(names), lines or (PLAIN_TEMPLATE,), names)
+        return Prompts(
+            read_class_list(names), lines or (PLAIN_TEMPLATE,), names if templates is None else f"{names}, {templates}"
+        )
     package = PACKAGES[class_names.PACKAGE]
     listed = class_names.read(fetch(package.name), names, language)
     source = f"{package.name} {package.version}" if lines is None else f"{package.name} names, {templates}"
     return Prompts(listed.names, lines or listed.templates, source)
+
+
+def _templates(given: str, language: str) -> tuple[str, ...]:
+    if Path(given).is_file():
+        return _lines(Path(given))
+    return class_names.read(fetch(class_names.PACKAGE), given, language).templates
 
 
 def _lines(path: Path) -> tuple[str, ...]:

@@ -129,7 +129,7 @@ def table(results: Sequence[Result]) -> Table:
 def read_result(path: Path) -> dict[str, Any]:
     """A file that a task wrote."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); give a result of internvl evaluate") from error
     results = found.get("results") if isinstance(found, dict) else None

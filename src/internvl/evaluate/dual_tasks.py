@@ -14,22 +14,20 @@ import torch
 from torch import Tensor
 
 from internvl.data.captions import Captioned, CaptionSet, clean_caption, count_long
-from internvl.data.labelled import Labelled, LabelledSet
+from internvl.data.labelled import LabelledSet
 from internvl.data.records import Problem
-from internvl.data.sheet import Line, Panel, Section
+from internvl.data.sheet import Panel, Section
 from internvl.evaluate.caption import caption_scores
 from internvl.evaluate.classify import Accuracy, TextEmbedder, class_vectors, classify, fill
 from internvl.evaluate.dual_data import Prompts
 from internvl.evaluate.dual_features import Features, PairMatcher, poster
+from internvl.evaluate.dual_sheets import answers, picture_hits, probed, spaced, text_hits
 from internvl.evaluate.probe import Probe, ProbeSettings, attention_probe, linear_probe, logistic_probe
-from internvl.evaluate.ranking import top_k
 from internvl.evaluate.retrieve import Recall, retrieve, retrieve_reranked
 from internvl.generate.captions import CaptionSearch
 from internvl.generate.dual import TEXT_PREFIX, Dual, Fit
 from internvl.models.contrastive import Head
 
-SHOWN, BEST = 24, 5
-"""Examples on a sheet, and how many answers of each."""
 ProbeKind = Literal["linear", "attention", "logistic"]
 
 
@@ -56,10 +54,8 @@ def zero_shot(
     video: bool = False,
     frames: int = 8,
     language: str = "en",
-    seen: Sequence[int] | None = None,
 ) -> Outcome:
-    """Top-1, top-5 and mean per class by the cosine with class vectors. `seen`: classes of the data, where it has only
-    some of those named (answers are restricted to them, as for ImageNet-A and -R)."""
+    """Top-1, top-5 and mean per class by the cosine with class vectors."""
     if len(prompts.names) != len(data.classes):
         raise ValueError(
             f"{len(prompts.names)} class names ({prompts.source}) for {len(data.classes)} classes of the data; give "
@@ -71,7 +67,7 @@ def zero_shot(
     labels = torch.tensor([item.label for item in items])
     every = [fill(template, name) for name in prompts.names for template in prompts.templates]
     vectors = class_vectors(_in_order(features.texts(every, "prompts")), prompts.names, prompts.templates)
-    result = classify(kept.rows, vectors, labels, among=seen)
+    result = classify(kept.rows, vectors, labels)
     task = f"zero-shot video classification, {frames} frames" if video else "zero-shot classification"
     return Outcome(
         task,
@@ -92,7 +88,7 @@ def zero_shot(
             "long_prompts": _num_long(features.dual, every),
         },
         kept.broken,
-        (_answers(items, labels, kept.rows, vectors, prompts.names, video),),
+        (answers(items, labels, kept.rows, vectors, prompts.names, video),),
     )
 
 
@@ -117,28 +113,6 @@ def _some(items: list[Any], paths: Sequence[Path], broken: Sequence[Problem]) ->
 def _accuracy(result: Accuracy, video: bool = False) -> dict[str, float]:
     found = {"top-1": result.top1, "top-5": result.top5, "mean per class": result.mean_per_class}
     return {**found, "mean of top-1 and top-5": result.mean_top1_top5} if video else found
-
-
-def _answers(
-    items: Sequence[Labelled], labels: Tensor, rows: Tensor, vectors: Tensor, names: Sequence[str], video: bool
-) -> Section:
-    """Evenly spaced examples with their best answers, the right one in green."""
-    chosen = _spaced(len(items))
-    scores, places = top_k(rows[chosen], vectors, BEST)
-    panels = []
-    for example, row_scores, row in zip(chosen, scores.tolist(), places.tolist(), strict=True):
-        right = int(labels[example])
-        lines: list[Line] = [(f"is: {names[right]}", "black")]
-        lines += [
-            (f"{s:.3f} {names[n]}", "green" if n == right else "firebrick")
-            for s, n in zip(row_scores, row, strict=True)
-        ]
-        panels.append(Panel(poster(items[example].path, video), tuple(lines)))
-    return Section(f"{len(chosen)} of {len(items)}, the {BEST} best answers", tuple(panels))
-
-
-def _spaced(count: int, shown: int = SHOWN) -> list[int]:
-    return sorted({int(place) for place in torch.linspace(0, count - 1, min(shown, count)).round()})
 
 
 def retrieval(
@@ -197,7 +171,7 @@ def retrieval(
             "tied": found.image_to_text.num_tied + found.text_to_image.num_tied,
         },
         kept.broken,
-        (_text_hits(used, rows, texts, video), _picture_hits(used, rows, texts, video)),
+        (text_hits(used, rows, texts, video), picture_hits(used, rows, texts, video)),
     )
 
 
@@ -224,34 +198,6 @@ def _num_long(dual: Dual, texts: Sequence[str]) -> int:
     )
 
 
-def _text_hits(data: CaptionSet, rows: Tensor, texts: Tensor, video: bool) -> Section:
-    """Texts with the pictures found for them."""
-    chosen = _spaced(len(texts), SHOWN // BEST)
-    owners, captions = data.image_of_text, data.captions
-    scores, places = top_k(texts[chosen], rows, BEST)
-    panels = []
-    for query, row_scores, row in zip(chosen, scores.tolist(), places.tolist(), strict=True):
-        panels.append(Panel(None, ((captions[query], "black"),)))
-        for score, place in zip(row_scores, row, strict=True):
-            line = (f"{score:.3f}", "green" if place == owners[query] else "firebrick")
-            panels.append(Panel(poster(data.items[place].path, video), (line,)))
-    return Section("text to picture, by cosine; its own in green", tuple(panels))
-
-
-def _picture_hits(data: CaptionSet, rows: Tensor, texts: Tensor, video: bool) -> Section:
-    chosen = _spaced(len(rows), SHOWN // 2)
-    owners, captions = data.image_of_text, data.captions
-    scores, places = top_k(rows[chosen], texts, BEST)
-    panels = []
-    for query, row_scores, row in zip(chosen, scores.tolist(), places.tolist(), strict=True):
-        lines = tuple(
-            (f"{s:.3f} {captions[n]}", "green" if owners[n] == query else "firebrick")
-            for s, n in zip(row_scores, row, strict=True)
-        )
-        panels.append(Panel(poster(data.items[query].path, video), lines))
-    return Section("picture to text, by cosine; its own in green", tuple(panels))
-
-
 def captioning(features: Features, data: CaptionSet, search: CaptionSearch) -> Outcome:
     """A caption a picture, against all that people wrote about it (COCO toolkit)."""
     if not features.dual.config.generative:
@@ -260,7 +206,7 @@ def captioning(features: Features, data: CaptionSet, search: CaptionSearch) -> O
     kept = features.captions(paths, search)
     items = _some(kept.at(data.items), paths, kept.broken)
     found = caption_scores(kept.texts, [item.captions for item in items])
-    chosen = _spaced(len(items))
+    chosen = spaced(len(items))
     panels = tuple(
         Panel(
             poster(items[n].path, False),
@@ -324,7 +270,7 @@ def probing(
         },
         {"training_pictures": len(labels), "pictures": len(items), "classes": len(train.classes)},
         (*learn.broken, *look.broken),
-        (_probed(head, items, wanted, look.rows, train.classes),),
+        (probed(head, items, wanted, look.rows, train.classes),),
     )
 
 
@@ -337,28 +283,11 @@ def _learned(kind: ProbeKind, rows: Tensor, labels: Tensor, num_classes: int, se
     return attention_probe(rows, labels, num_classes, settings, heads)
 
 
-@torch.inference_mode()
-def _probed(probe: Probe, items: Sequence[Labelled], labels: Tensor, rows: Tensor, names: Sequence[str]) -> Section:
-    chosen = _spaced(len(items))
-    probe.head.eval()
-    shares = probe.head(rows[chosen].to(next(probe.head.parameters()))).float().softmax(1)
-    best = shares.topk(min(BEST, len(names)))
-    panels = []
-    for example, values, row in zip(chosen, best.values.tolist(), best.indices.tolist(), strict=True):
-        right = int(labels[example])
-        lines: list[Line] = [(f"is: {names[right]}", "black")]
-        lines += [
-            (f"{s:.2f} {names[n]}", "green" if n == right else "firebrick") for s, n in zip(values, row, strict=True)
-        ]
-        panels.append(Panel(poster(items[example].path, False), tuple(lines)))
-    return Section(f"{len(chosen)} of {len(items)}, the best answers", tuple(panels))
-
-
 def limited(data: Any, limit: int | None) -> Any:
     """The first `limit` items of a set, spread over it, so that class folders keep most of their classes."""
     if limit is None or limit >= len(data.items):
         return data
     if limit < 1:
         raise ValueError(f"--limit {limit}; at least one item is needed")
-    chosen = _spaced(len(data.items), limit)
+    chosen = spaced(len(data.items), limit)
     return replace(data, items=tuple(data.items[place] for place in chosen))

@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from internvl.data.images import normalise
-from internvl.data.resize import BICUBIC
 from internvl.models.heads import AuxiliarySegmenter, FeaturePyramid, LinearSegmenter, UperNet, feature_map
 from internvl.models.internvit import InternViT
 
@@ -226,7 +225,7 @@ def scaled_pixels(picture: Image.Image, crop: int, multiple: int) -> Float[Tenso
     shorter, longer = min(picture.size), max(picture.size)
     scale = min(crop / shorter, 4 * crop / longer)
     width, height = (math.ceil(max(1, round(edge * scale)) / multiple) * multiple for edge in picture.size)
-    picture = picture.resize((width, height), BICUBIC)
+    picture = picture.resize((width, height), Image.Resampling.BILINEAR)
     return normalise(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].contiguous())
 
 
