@@ -15,7 +15,7 @@ import internvl
 from dual_folder import make_dual, make_pictures, make_video, picture
 from internvl import cli
 from internvl.data.shards import write_tar
-from internvl.evaluate import dual_features
+from internvl.evaluate import dual_features, report
 from internvl.evaluate.caption import caption_scores
 from internvl.evaluate.classify import class_vectors, classify
 from internvl.evaluate.dual_result import PROTOCOLS, Result, beside, compare
@@ -43,8 +43,11 @@ def dual(model: Path) -> Dual:
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _here(tmp_path: Path, dual: Dual, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands work in an empty folder, on the one model that is open already."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Dual, "open", lambda name, **settings: dual)
+    monkeypatch.setattr(report, "commit", lambda: "none")
 
 
 def run(task: str, model: Path, *words: object, code: int = 0) -> Any:
