@@ -76,7 +76,7 @@ def work(loss: Loss, images: Tensor, texts: Tensor, scale: Tensor) -> float:
         x.grad = None
     value = loss(images, texts, scale)
     value.backward()
-    return float(value)
+    return float(value.detach())
 
 
 def status(name: str) -> int:
@@ -103,13 +103,15 @@ def measure(pairs: int, rounds: int, losses: dict[str, Loss]) -> dict[str, Any]:
     scale = torch.tensor(SCALE, requires_grad=True)
     found: dict[str, Any] = {}
     for name, loss in losses.items():
+        images.grad = texts.grad = scale.grad = None  # gradients of the loss before are no memory of this one's start
         memory, seconds, value = peak(partial(work, loss, images, texts, scale))
-        found[name] = {"peak MiB": round(memory / 2**20, 1), "loss": value, "seconds of the first pass": seconds}
+        once = {"median": seconds, "min": seconds, "max": seconds}
+        found[name] = {"peak MiB": round(memory / 2**20, 1), "loss": value, "seconds": once, "passes timed": 1}
     timed = {
         n: partial(work, loss, images, texts, scale) for n, loss in losses.items() if n != "chunked" or pairs <= SLOW
     }
-    for name, seconds in in_turns(timed, rounds, warm_up=0).items():
-        found[name]["seconds"] = seconds
+    for name, seconds in (in_turns(timed, rounds, warm_up=0) if rounds else {}).items():
+        found[name] |= {"seconds": seconds, "passes timed": rounds}
     return found
 
 
@@ -126,16 +128,18 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, nargs="+", default=[4_096, 16_384])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="timed passes after that of memory; 0: that one is timed")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--large", action="store_true", help=f"{LARGE} pairs by ours alone")
     parser.add_argument("--out", type=Path, help="results/contrastive_loss.json when left out")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     said, peer = open_clip_loss()
+    losses: dict[str, Loss] = {"ours": contrast, "open_clip": peer, "chunked": chunked}
+    measure(512, 1, losses)  # threads and kernels are there before anything is timed
     results: dict[str, Any] = {"peer": said, "threads": asked.threads, "rounds": asked.rounds, "width": WIDTH}
     for pairs in asked.pairs:
-        found = measure(pairs, asked.rounds, {"ours": contrast, "open_clip": peer, "chunked": chunked})
+        found = measure(pairs, asked.rounds, losses)
         results[str(pairs)] = {**found, "ratios": ratios(found)}
         print(pairs, json.dumps(results[str(pairs)]["ratios"]))
     if asked.large:

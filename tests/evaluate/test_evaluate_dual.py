@@ -183,6 +183,9 @@ def test_videos_are_means_of_frames(model: Path, dual: Dual, tmp_path: Path) -> 
     videos = mean_of_frames(dual.encode_image(frames, "g", fit="crop", raw=True), [2] * 4)
     texts = dual.encode_text([f"a thing number {n}" for n in range(4)])
     wanted = retrieve(videos, texts, torch.arange(4))
+    paths = [tmp_path / "v" / f"video{n}.mp4" for n in range(4)]
+    kept = dual_features.Features(dual, tmp_path / "f").videos(paths, 2, "g", "crop")
+    torch.testing.assert_close(torch.nn.functional.normalize(kept.rows, dim=1).double(), videos, atol=2e-5, rtol=1e-4)
     assert result["task"] == "zero-shot video retrieval, 2 frames"
     assert result["scores"]["video to text R@1"] == pytest.approx(wanted.image_to_text.at[1])
     assert result["scores"]["text to video R@1"] == pytest.approx(wanted.text_to_image.at[1])
