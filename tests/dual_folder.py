@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from internvl.generate.dual import Dual
 from internvl.load_dual import save_dual
 from internvl.zoo import DUAL
 from tiny import tiny_dual, tiny_tokenizer
@@ -18,6 +21,19 @@ def make_dual(folder: Path, seed: int = 0) -> Path:
     model = tiny_dual(seed, language=replace(language, settings={**language.settings, "vocab_size": 280}))
     save_dual(model, tiny_tokenizer(), folder)
     return folder
+
+
+def open_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands of a test module share what they opened; opening is tested elsewhere."""
+    monkeypatch.setattr(Dual, "open", lambda name, device="cpu", dtype="float32": _opened(str(name), device, dtype))
+
+
+_OPEN = Dual.open
+
+
+@lru_cache
+def _opened(name: str, device: str, dtype: str) -> Dual:
+    return _OPEN(name, device=device, dtype=dtype)
 
 
 def picture(seed: int, width: int = 60, height: int = 40) -> Image.Image:

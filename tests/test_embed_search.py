@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import internvl
-from dual_folder import make_dual, make_pictures, picture
+from dual_folder import make_dual, make_pictures, open_once, picture
 from internvl import cli
 from internvl.generate import embed as embedding
 from internvl.generate.dual import Dual
@@ -33,6 +33,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def dual(model: Path) -> Dual:
     return internvl.load(model, dtype="float32")
+
+
+@pytest.fixture(autouse=True)
+def _open_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    open_once(monkeypatch)
 
 
 @pytest.fixture
