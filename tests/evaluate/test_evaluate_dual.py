@@ -249,6 +249,11 @@ def test_archives_give_the_same_as_files(model: Path, tmp_path: Path) -> None:
     write_tar("s.tar", [(key, {"png": content, "txt": text.encode()}) for key, content, text in pairs])
     (found,) = run("retrieval", model, "s.tar")
     assert found["scores"] == wanted["scores"]
+    lines = [json.dumps({"image": f"{key}.png", "caption": text}) for key, _, text in pairs]
+    Path("p.jsonl").write_text("\n".join([lines[0], "{", *lines[1:]]))
+    (bad_line,) = run("retrieval", model, "p.jsonl", "--root", data.parent, code=3)
+    assert bad_line["scores"] == wanted["scores"]
+    assert bad_line["left_out"][0]["source"].endswith("p.jsonl:2")
     write_tar("c.tar", [(key, {"png": content, "cls": key.encode()}) for key, content, _ in pairs])
     Path("names.txt").write_text("cat\ndog\nbus\n")
     (labelled,) = run("zero-shot", model, "c.tar", "--names", "names.txt")

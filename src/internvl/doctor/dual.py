@@ -14,8 +14,8 @@ from internvl.config import DualConfig
 from internvl.convert import dual
 from internvl.convert.files import PICKLE_SUFFIXES, Weights, open_weights, read_json, some
 from internvl.convert.keys import expand, matches
+from internvl.data.dual_texts import TEXT_PREFIX
 from internvl.doctor.folder import ODD, Finding
-from internvl.generate.dual import TEXT_PREFIX
 from internvl.load import read_tokenizer
 from internvl.models.build import build_dual
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from internvl.data.captions import CaptionSet, gather, read_coco, read_karpathy
 from internvl.data.clips import read_kinetics, read_msrvtt
+from internvl.data.image_text import parse_pair
 from internvl.data.labelled import (
     Labelled,
     LabelledSet,
@@ -68,18 +69,30 @@ def read_pairs(where: Where, problems: list[Problem]) -> tuple[CaptionSet, bool]
     if is_archive(path):
         pairs = [(file, _sentences(text)) for file, text in _unpacked(where, "txt", problems)]
         return gather(pairs, str(path), len(problems)), False
+    if path.suffix.lower() == ".jsonl":
+        return gather(list(_lines_of_pairs(where, problems)), str(path), len(problems)), False
     if path.suffix.lower() == ".csv":
         return read_msrvtt(path, where.folder, problems=problems), True
     if path.suffix.lower() != ".json" or not path.is_file():
-        raise ValueError(
-            f"{path}: no data of pairs; give Karpathy's or COCO's JSON, MSR-VTT's, a tar or a parquet file"
-        )
+        raise ValueError(f"{path}: no data of pairs; give JSON of Karpathy, COCO or MSR-VTT, JSONL, tar, parquet")
     fields = _fields(path)
     if "sentences" in fields:
         return read_msrvtt(path, where.folder, problems=problems), True
     if "annotations" in fields:
         return read_coco(path, where.folder, problems), False
     return read_karpathy(path, where.folder, where.split, problems), False
+
+
+def _lines_of_pairs(where: Where, problems: list[Problem]) -> Iterator[tuple[Path, Sequence[str]]]:
+    """The layout that training reads: {"image", "caption"} a line."""
+    for number, line in enumerate(where.path.read_bytes().splitlines(), 1):
+        source = f"{where.path}:{number}"
+        try:
+            if line.strip():
+                pair = parse_pair(line, str(where.folder), source)
+                yield Path(pair.path), pair.captions
+        except ValueError as error:
+            problems.append(Problem(source, str(error).removeprefix(f"{source}: ")))
 
 
 def _fields(path: Path) -> set[str]:

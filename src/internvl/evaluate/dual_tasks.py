@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from internvl.data.captions import Captioned, CaptionSet, clean_caption, count_long
+from internvl.data.captions import Captioned, CaptionSet, clean_caption
 from internvl.data.labelled import LabelledSet
 from internvl.data.records import Problem
 from internvl.data.sheet import Panel, Section
@@ -25,7 +25,7 @@ from internvl.evaluate.dual_sheets import answers, picture_hits, probed, spaced,
 from internvl.evaluate.probe import Probe, ProbeSettings, attention_probe, linear_probe, logistic_probe
 from internvl.evaluate.retrieve import Recall, retrieve, retrieve_reranked
 from internvl.generate.captions import CaptionSearch
-from internvl.generate.dual import TEXT_PREFIX, Dual, Fit
+from internvl.generate.dual import Fit
 from internvl.models.contrastive import Head
 
 ProbeKind = Literal["linear", "attention", "logistic"]
@@ -85,7 +85,7 @@ def zero_shot(
             "classes": len(prompts.names),
             "tied": result.num_tied,
             "names_twice": len(prompts.names) - len(set(prompts.names)),
-            "long_prompts": _num_long(features.dual, every),
+            "long_prompts": features.dual.num_cut(every),
         },
         kept.broken,
         (answers(items, labels, kept.rows, vectors, prompts.names, video),),
@@ -167,7 +167,7 @@ def retrieval(
             "texts": len(used.captions),
             "empty_captions": data.empty + emptied,
             "bare_pictures": data.bare,
-            "long_captions": _num_long(features.dual, used.captions),
+            "long_captions": features.dual.num_cut(used.captions),
             "tied": found.image_to_text.num_tied + found.text_to_image.num_tied,
         },
         kept.broken,
@@ -187,15 +187,6 @@ def _cleaned(data: CaptionSet) -> tuple[CaptionSet, int]:
 
 def _recalls(way: str, recall: Recall) -> dict[str, float]:
     return {f"{way} R@{k}": share for k, share in recall.at.items()}
-
-
-def _num_long(dual: Dual, texts: Sequence[str]) -> int:
-    """Texts whose end the model does not see; begin and end of text are two tokens."""
-    if dual.tokenizer is None:
-        return 0
-    return count_long(
-        texts, lambda text: len(dual.tokenizer(TEXT_PREFIX + text, add_special_tokens=False)["input_ids"]) + 2
-    )
 
 
 def captioning(features: Features, data: CaptionSet, search: CaptionSearch) -> Outcome:

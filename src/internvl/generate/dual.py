@@ -100,6 +100,13 @@ class Dual:
         rows = pad([words.row(text, end).ids for text in texts])
         return rows.ids.to(self._device), rows.mask.to(self._device)
 
+    def num_cut(self, texts: Sequence[str]) -> int:
+        """Texts of more than 80 tokens, whose end `encode_text` does not see; 0 where there is no tokenizer."""
+        if self.tokenizer is None:
+            return 0
+        words = DualTokeniser(self.tokenizer, self.config.language)
+        return sum(words.row(TEXT_PREFIX + text).is_cut for text in texts)
+
     def save(self, out: str | Path) -> None:
         """Write the official layout."""
         save_dual(self.model, self.tokenizer, out)

@@ -12,10 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from internvl.data.captions import count_long
 from internvl.data.labelled import PICTURES
 from internvl.data.records import Problem
-from internvl.generate.dual import TEXT_PREFIX, Dual, Fit, picture_bytes, pixels_of
+from internvl.generate.dual import Dual, Fit, picture_bytes, pixels_of
 from internvl.generate.embedded import Embedded, Facts, check_out, fingerprint, read_embedded, write_embedded
 from internvl.generate.kept import PART, Advance, Kept, keep, num_kept
 from internvl.models.contrastive import Head
@@ -201,9 +200,4 @@ def _same_output(out: Path, facts: Facts, source: Source) -> Embedded:
 
 
 def _num_long(dual: Dual, source: Source) -> int:
-    if source.kind != "texts" or dual.tokenizer is None:
-        return 0
-    ends = sum(dual.config.language.settings.get(f"{end}_token_id") is not None for end in ("bos", "eos"))
-    return count_long(
-        source.names, lambda text: len(dual.tokenizer(TEXT_PREFIX + text, add_special_tokens=False)["input_ids"]) + ends
-    )
+    return dual.num_cut(source.names) if source.kind == "texts" else 0
