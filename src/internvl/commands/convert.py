@@ -8,19 +8,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class Convert:
-    """Write a model in the official or the native layout."""
+    """Write a model in the official or the native layout; InternVL-C and -G in the official one or as a .pth."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """A folder of either layout, a hub id, a folder of adapters that names its model, or a name such as pocket."""
+    """A folder of either layout, a hub id, a folder of adapters that names its model, or a name such as pocket; or an
+    original internvl_c_*.pth."""
     target: Annotated[Path, tyro.conf.Positional]
-    """The folder to write; it must be empty or not there."""
+    """The folder to write; it must be empty or not there. Of InternVL-C also NAME.pth, the original names."""
     layout: Literal["official", "native"] = "official"
     """official: what vLLM, SGLang and lmdeploy read; native: what transformers reads."""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
@@ -31,6 +35,8 @@ class Convert:
     """Write adapters, also those that wrap the source, below TARGET/adapters instead of folding them in."""
     image_token_id: int | None = None
     """Id of <IMG_CONTEXT>, where the source has no tokenizer."""
+    like: str | None = None
+    """Sizes of an original .pth: a name such as InternVL-C-13B-224px (the default), or a folder of that model."""
     check: bool = True
     """Open what was written and compare logits with the source on a random text and picture; needs the memory of
     one model. --no-check for those that are too large for it."""
@@ -47,8 +53,11 @@ def main(arguments: list[str]) -> int:
     import torch
 
     from internvl.rewrite import Wanted, convert, describe, plan_keys
+    from internvl.rewrite_dual import is_dual_source
 
     dtype = None if asked.dtype == "stored" else getattr(torch, asked.dtype)
+    if is_dual_source(asked.source):
+        return _dual(asked, dtype)
     wanted = Wanted(asked.layout, dtype, asked.adapters, asked.apart, asked.image_token_id)
     if asked.dry_run:
         sys.stdout.write(describe(plan_keys(asked.source, wanted), asked.json) + "\n")
@@ -64,6 +73,26 @@ def main(arguments: list[str]) -> int:
     if written.merge_change is not None:
         result["merging_moved_logits"] = written.merge_change
     lines = json.dumps(result, indent=2) if asked.json else "\n".join(f"{k:<21} {v}" for k, v in result.items())
+    sys.stdout.write(lines + "\n")
+    return 0
+
+
+def _dual(asked: Convert, dtype: torch.dtype | None) -> int:
+    from internvl.rewrite_dual import convert_dual
+
+    if asked.layout == "native" or asked.adapters or asked.apart or asked.dry_run:
+        raise ValueError(
+            f"{asked.source} is InternVL-C or -G: there is no native layout, and no --adapters, --apart, --dry-run; "
+            "leave them out"
+        )
+    written = convert_dual(
+        asked.source, asked.target, dtype=dtype, like=asked.like, check=asked.check, tolerance=asked.tolerance
+    )
+    result: dict[str, object] = {"source": asked.source, "from": written.source_layout}
+    result |= {"target": str(asked.target), "to": written.target_layout, "parameters": f"{written.parameters:,}"}
+    if written.difference is not None:
+        result["max_embedding_difference"] = written.difference
+    lines = json.dumps(result, indent=2) if asked.json else "\n".join(f"{k:<24} {v}" for k, v in result.items())
     sys.stdout.write(lines + "\n")
     return 0
 

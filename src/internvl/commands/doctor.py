@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -120,11 +121,16 @@ def _row_json(row: Release) -> dict[str, Any]:
 
 
 def _checkpoint(name: str, options: Options) -> int:
+    from internvl.convert.dual import is_dual
+    from internvl.convert.files import read_json
     from internvl.doctor.checks import CHECKS, diagnose
     from internvl.doctor.folder import read_folder
     from internvl.locate import locate
 
-    folder, unreadable = read_folder(locate(name))
+    place = locate(name)
+    if is_dual(read_json(place / "config.json")):
+        return _dual(name, place, options)
+    folder, unreadable = read_folder(place)
     found = [*unreadable, *diagnose(folder)]
     conflicts = sum(finding.level == "conflict" for finding in found)
     if options.json:
@@ -141,6 +147,31 @@ def _checkpoint(name: str, options: Options) -> int:
         _findings(f"{folder.path}: {folder.layout} layout", found)
         sys.stdout.write(f"looked at: {', '.join(check.__name__.replace('_', ' ') for check in CHECKS)}\n")
         sys.stdout.write(f"contradictions that change answers: {conflicts}; notes: {len(found) - conflicts}\n")
+    return 1 if conflicts else 0
+
+
+def _dual(name: str, folder: Path, options: Options) -> int:
+    """A folder of InternVL-C or -G."""
+    from internvl.doctor.dual import CHECKED, diagnose
+
+    config, found = diagnose(folder)
+    conflicts = sum(finding.level == "conflict" for finding in found)
+    if options.json:
+        result = {
+            "checkpoint": name,
+            "folder": str(folder),
+            "layout": "official, dual",
+            "parameters": None if config is None else config.num_parameters,
+            "conflicts": conflicts,
+            "findings": [asdict(finding) for finding in found],
+        }
+        sys.stdout.write(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        return 1 if conflicts else 0
+    count = "" if config is None else f", {config.num_parameters:,} parameters"
+    kind = "InternVL-C" if config is not None and not config.generative else "InternVL-C and -G"
+    _findings(f"{folder}: official layout of {kind}{count}", found)
+    sys.stdout.write(f"looked at: {CHECKED}\n")
+    sys.stdout.write(f"contradictions that change answers: {conflicts}; notes: {len(found) - conflicts}\n")
     return 1 if conflicts else 0
 
 

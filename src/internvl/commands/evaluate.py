@@ -12,17 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from internvl.commands import evaluate_dual
+from internvl.commands.evaluate_options import RUNS, TASKS
+
 if TYPE_CHECKING:
     from internvl.evaluate.heldout import HeldOut
     from internvl.evaluate.run import Score
     from internvl.evaluate.subject import ChatSubject
 
-RUNS = Path("runs/evaluate")
-
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Score a model on the held-out sets of a data folder.
+    """Score a chat model on the held-out sets of a data folder.
+
+    Tasks of dual models (InternVL-C, -G) have words of their own before the model: internvl evaluate zero-shot,
+    retrieval, captions, probe, segment; and compare, for their results. Each has its --help.
 
     Each set is asked twice: with its own pictures and, blind, with another picture of the same set. Interrupted runs
     go on where they stopped when called again.
@@ -56,6 +60,8 @@ class Evaluate:
 
 
 def main(arguments: list[str]) -> int:
+    if arguments and arguments[0] in TASKS:
+        return evaluate_dual.main(arguments[0], arguments[1:])
     asked = tyro.cli(Evaluate, args=arguments, prog="internvl evaluate")
     from internvl.evaluate import report
 

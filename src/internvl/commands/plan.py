@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 if TYPE_CHECKING:
-    from internvl.plan import Plan
+    from internvl.plan import DualPlan, Plan
 
 GIB = 1024**3
 MIB = 1024**2
@@ -23,7 +23,7 @@ class Options:
     """Memory that a model takes for inference: parameters, weights, key-value cache, activations, devices."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """Name of a release (InternVL2_5-8B), pocket, tiny-*, a hub id, or a checkpoint folder."""
+    """Name of a release (InternVL2_5-8B, InternVL-14B-224px), pocket, tiny-*, a hub id, or a checkpoint folder."""
     dtype: Literal["fp32", "bf16", "int8", "int4"] = "bf16"
     """Of the weights; int8 and int4 round the matrices of the language layers and leave the rest bf16."""
     devices: int | None = None
@@ -35,7 +35,7 @@ class Options:
     rows: int = 1
     """Answers at the same time."""
     tiles: int = 0
-    """Tiles that the ViT encodes together; 0: those of one largest picture."""
+    """Tiles that the ViT encodes together; 0: those of one largest picture. Of dual models: pictures; 0: 32."""
     json: bool = False
     """Print bytes and counts as JSON."""
 
@@ -44,14 +44,52 @@ def main(arguments: list[str]) -> int:
     options = tyro.cli(Options, prog="internvl plan", args=arguments)
     if options.memory is not None and options.memory <= 0:
         raise ValueError(f"--memory {options.memory:g}; give the GiB of one device, such as 24")
-    from internvl.plan import Plan, assumed_of, config_of
+    from internvl.plan import PICTURES, DualPlan, Plan, assumed_of, config_of, dual_config_of
 
+    dual = dual_config_of(options.model)
+    if dual is not None:
+        return _dual(options, DualPlan(dual, options.dtype, options.tiles or PICTURES))
     plan = Plan(config_of(options.model), options.dtype, options.rows, options.tokens, options.tiles)
     found = {**as_json(options, plan), "assumed": assumed_of(options.model)}
     if options.json:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
     else:
         _show(options, plan, found)
+    return 0
+
+
+def _dual(options: Options, plan: DualPlan) -> int:
+    """InternVL-C or -G: one device, no chat."""
+    peak = plan.weights + max(plan.vision_activation, plan.caption_cache)
+    fits = None if options.memory is None else peak <= options.memory * GIB
+    found = {
+        "model": options.model,
+        "dtype": plan.dtype,
+        "parameters": plan.config.num_parameters,
+        "parts": plan.parameters,
+        "weights": plan.weights,
+        "pictures": plan.pictures,
+        "vision_activation": plan.vision_activation,
+        "caption_cache": plan.caption_cache,
+        "kept_picture": plan.kept_picture,
+        "peak": peak,
+        "fits": fits,
+    }
+    if options.json:
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        return 0
+    lines = [f"{options.model} in {plan.dtype}"]
+    lines += [
+        f"  {name:<28} {count:>16,} {size(plan.number_bytes * count):>12}" for name, count in plan.parameters.items()
+    ]
+    lines += [f"  {'all':<28} {plan.config.num_parameters:>16,} {size(plan.weights):>12}"]
+    lines += [
+        f"{plan.pictures} pictures at once: ViT {size(plan.vision_activation)}, captions {size(plan.caption_cache)}"
+    ]
+    lines += [f"a million embeddings on disk: {size(1_000_000 * plan.kept_picture)}"]
+    verdict = "" if fits is None else f"; {'fits' if fits else 'does not fit'} into {options.memory:g} GiB"
+    lines += [f"peak, driver and allocator not counted: {size(peak)}{verdict}"]
+    sys.stdout.write("\n".join(lines) + "\n")
     return 0
 
 

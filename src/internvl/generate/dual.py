@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -50,12 +50,13 @@ class Dual:
 
     @torch.inference_mode()
     def encode_image(
-        self, images: Images, head: Head = "c", fit: Fit = "squash", batch: int = 32
+        self, images: Images, head: Head = "c", fit: Fit = "squash", batch: int = 32, raw: bool = False
     ) -> Float[Tensor, "images embed"]:
         """Unit vectors. `fit` "squash" resizes to a square (retrieval, captions), "crop" cuts the middle one
-        (zero-shot classification), as the published scores were measured."""
+        (zero-shot classification), as the published scores were measured. `raw` leaves out the division by the length:
+        frames of a video are averaged so."""
         parts = self._pixels(images, fit, batch)
-        return torch.cat([self.model.encode_image(pixels, head).float() for pixels in parts])
+        return torch.cat([self.model.encode_image(pixels, head, raw).float() for pixels in parts])
 
     @torch.inference_mode()
     def encode_text(
@@ -99,6 +100,13 @@ class Dual:
         rows = pad([words.row(text, end).ids for text in texts])
         return rows.ids.to(self._device), rows.mask.to(self._device)
 
+    def num_cut(self, texts: Sequence[str]) -> int:
+        """Texts of more than 80 tokens, whose end `encode_text` does not see; 0 where there is no tokenizer."""
+        if self.tokenizer is None:
+            return 0
+        words = DualTokeniser(self.tokenizer, self.config.language)
+        return sum(words.row(TEXT_PREFIX + text).is_cut for text in texts)
+
     def save(self, out: str | Path) -> None:
         """Write the official layout."""
         save_dual(self.model, self.tokenizer, out)
@@ -117,9 +125,18 @@ class Dual:
         if not sources:
             raise ValueError("no picture was given; give at least one")
         for start in range(0, len(sources), batch):
-            squares = [square(open_image(source), self.config.side, fit) for source in sources[start : start + batch]]
-            pixels = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in squares])
-            yield normalise(pixels.contiguous(), "imagenet").to(self._device)
+            squares = [picture_bytes(source, self.config.side, fit) for source in sources[start : start + batch]]
+            yield pixels_of(squares).to(self._device)
+
+
+def picture_bytes(source: Source, side: int, fit: Fit) -> UInt8[Tensor, "3 side side"]:
+    """One picture, opened and made square: what can fail about it fails here."""
+    return torch.from_numpy(np.array(square(open_image(source), side, fit))).permute(2, 0, 1)
+
+
+def pixels_of(squares: Sequence[UInt8[Tensor, "3 side side"]]) -> Float[Tensor, "pictures 3 side side"]:
+    """Normalised as these models were trained."""
+    return normalise(torch.stack(list(squares)).contiguous(), "imagenet")
 
 
 def square(image: Image.Image, side: int, fit: Fit) -> Image.Image:

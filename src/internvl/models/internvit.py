@@ -5,6 +5,7 @@ Weights come from `build.py` or `load.py`; pixel shuffle and projection are `con
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -126,6 +127,19 @@ class InternViT(nn.Module):
         for index in range(len(self.layers)):
             states.append(self._block(index, states[-1]))
         return states
+
+    def taps(
+        self, tiles: Float[Tensor, "tiles 3 height width"], feature_layers: Sequence[int]
+    ) -> list[Float[Tensor, "tiles positions dim"]]:
+        """The outputs of several blocks, indices as in `forward`; the others are not kept."""
+        wanted = [self.num_blocks(layer) for layer in feature_layers]
+        x: Tensor = self.embeddings(tiles)
+        found = {0: x} if 0 in wanted else {}
+        for index in range(max(wanted)):
+            x = self._block(index, x)
+            if index + 1 in wanted:
+                found[index + 1] = x
+        return [found[number] for number in wanted]
 
     def num_blocks(self, feature_layer: int) -> int:
         """Blocks to run for a tap; ValueError where there is no such layer."""

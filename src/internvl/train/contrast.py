@@ -19,6 +19,9 @@ from internvl.parallel import collectives
 BLOCK = 2048
 """Rows and columns of a tile: 16 MiB of float32."""
 
+STRIP = 256
+"""Rows of a tile whose factors exist together: 2 MiB instead of a second tile."""
+
 MAX_BARE_EXPONENT = 60.0
 """Logits up to it need no maximum taken away: exp(60) summed over a billion stays in float32, exp(-60) is normal."""
 
@@ -155,7 +158,9 @@ class LogSumExps(torch.autograd.Function):
             for i, j, logits in tiles(a, b, scale, ctx.block):
                 shares, column_shares = _exponentials(logits, i, j, ctx.tops)
                 if shares is column_shares:
-                    grad = shares.mul_(of_row[i, None] + of_column[j])
+                    for strip, of_strip in zip(shares.split(STRIP), of_row[i].split(STRIP), strict=True):
+                        strip.mul_(of_strip[:, None] + of_column[j])
+                    grad = shares
                 else:
                     grad = shares.mul_(of_row[i, None]).add_(column_shares.mul_(of_column[j]))
                 places, found = _diagonal(grad, i, i.start + ctx.first - j.start)
@@ -163,7 +168,8 @@ class LogSumExps(torch.autograd.Function):
                 grad_a[i].addmm_(grad, b[j])
                 if learns_b:
                     grad_b[j].addmm_(grad.T, a[i])
-            grad_scale = (a * grad_a).sum()
+            pieces = zip(a.split(ctx.block), grad_a.split(ctx.block), strict=True)
+            grad_scale = torch.stack([(x * grad).sum() for x, grad in pieces]).sum()  # a whole product is a copy of a
             return grad_a.mul_(scale), grad_b.mul_(scale), grad_scale, None, None
 
 
