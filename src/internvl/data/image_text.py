@@ -190,7 +190,7 @@ def collate_pairs(samples: Sequence[PairSample], valid: Sequence[bool], side: in
 
 
 def alike(samples: Sequence[PairSample]) -> list[int]:
-    """A number for each pair, equal where pictures or texts are, by way of a third pair too: no negatives of each other.
+    """A number for each pair, equal where pictures or texts are, if by way of a third: no negatives of each other.
 
     It is the least of their pictures' numbers, so that ranks agree where they hold the same picture.
     """
