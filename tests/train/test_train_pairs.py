@@ -15,9 +15,10 @@ from tiny_pairs import assert_alike, contrastive, generative, held_out, loss_and
 from torch import Tensor
 from torch.testing import assert_close
 
-from internvl.train.pieces import in_pieces
+from internvl.train.pieces import by_length, in_pieces
 from internvl.train.run import Pairs, Part, from_json, to_json
 from internvl.train.stages import open_stage
+from tiny import tiny_dual
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +140,23 @@ def test_two_ranks_equal_one(inputs: Path, tmp_path: Path) -> None:
         assert_alike({name: joint[name] for name in same}, {name: losses[name] for name in same})
         if number == 0:
             assert_alike({name: (ranks[0][1][name] + ranks[1][1][name]) / 2 for name in grads}, grads)
+
+
+def test_rows_of_like_length_are_encoded_together() -> None:
+    """The same vectors and gradients as all at once, at fewer positions."""
+    model, generator = tiny_dual(), torch.Generator().manual_seed(3)
+    lengths = torch.tensor([3, 40, 5, 9, 33, 4, 2, 12, 6])
+    mask = torch.arange(40) < lengths[:, None]
+    ids = torch.randint(3, 90, mask.shape, generator=generator) * mask
+    positions = []
+
+    def encode(ids: Tensor, mask: Tensor) -> Tensor:
+        positions.append(ids.numel())
+        return model.encode_text(ids, mask)
+
+    found, wanted = by_length(encode, ids, mask), model.encode_text(ids, mask)
+    assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    assert sum(positions) < ids.numel() / 2
+    weights = torch.randn(found.shape, generator=generator)
+    gradients = [torch.autograd.grad((x * weights).sum(), model.text_projection)[0] for x in (found, wanted)]
+    assert_close(*gradients, rtol=1e-4, atol=1e-5)
