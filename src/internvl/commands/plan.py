@@ -1,10 +1,11 @@
-"""`internvl plan`: what a model takes in memory, before it is loaded."""
+"""`internvl plan`: what a model takes in memory before it is loaded, and what a training run takes before it starts."""
 
 from __future__ import annotations
 
 import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -20,10 +21,11 @@ COUNTS = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Options:
-    """Memory that a model takes for inference: parameters, weights, key-value cache, activations, devices."""
+    """Memory that a model takes for inference; with a recipe, memory, tokens, tiles, steps and time of its run."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """Name of a release (InternVL2_5-8B, InternVL-14B-224px), pocket, tiny-*, a hub id, or a checkpoint folder."""
+    """Name of a release (InternVL2_5-8B, InternVL-14B-224px), pocket, tiny-*, a hub id, or a checkpoint folder; or a
+    recipe (`internvl train --list`), a run.json, or the folder of a run."""
     dtype: Literal["fp32", "bf16", "int8", "int4"] = "bf16"
     """Of the weights; int8 and int4 round the matrices of the language layers and leave the rest bf16."""
     devices: int | None = None
@@ -36,6 +38,16 @@ class Options:
     """Answers at the same time."""
     tiles: int = 0
     """Tiles that the ViT encodes together; 0: those of one largest picture. Of dual models: pictures; 0: 32."""
+    data: str = ""
+    """Of a recipe: meta JSON or JSONL file; the recipe's own when left out."""
+    gpus: int = 1
+    """Of a recipe: devices of the run."""
+    rate: float | None = None
+    """Of a recipe: 10^12 operations a second that one device reaches in training, for the time."""
+    calibrate: bool = False
+    """Of a recipe: measure that rate here, with random weights (a few steps)."""
+    set: tuple[str, ...] = ()
+    """Of a recipe: FIELD=VALUE of its run, such as data.max-tiles=6."""
     json: bool = False
     """Print bytes and counts as JSON."""
 
@@ -44,6 +56,10 @@ def main(arguments: list[str]) -> int:
     options = tyro.cli(Options, prog="internvl plan", args=arguments)
     if options.memory is not None and options.memory <= 0:
         raise ValueError(f"--memory {options.memory:g}; give the GiB of one device, such as 24")
+    if _is_run(options.model):
+        from internvl.commands import plan_run
+
+        return plan_run.main(options)
     from internvl.plan import PICTURES, DualPlan, Plan, assumed_of, config_of, dual_config_of
 
     dual = dual_config_of(options.model)
@@ -91,6 +107,12 @@ def _dual(options: Options, plan: DualPlan) -> int:
     lines += [f"peak, driver and allocator not counted: {size(peak)}{verdict}"]
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
+
+
+def _is_run(name: str) -> bool:
+    from internvl.train.recipes import RECIPES
+
+    return name in RECIPES or Path(name).name == "run.json" or (Path(name) / "run.json").is_file()
 
 
 def as_json(options: Options, plan: Plan) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from textwrap import fill, shorten
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ USAGE = """usage: internvl train RECIPE [--FIELD VALUE ...]    (internvl train R
   --resume      insist on a checkpoint to go on from
   --no-resume   refuse one
   --export      only write the trained model of the latest checkpoint
+  --dry-run     two steps of the recipe on a tiny model of its family and generated records, in a temporary folder
   --json        the result as JSON on standard output
 """
 
@@ -33,6 +35,7 @@ class Asked:
     export: bool
     json: bool
     rest: list[str]
+    dry: bool = False
 
 
 def main(arguments: list[str]) -> int:
@@ -45,6 +48,8 @@ def main(arguments: list[str]) -> int:
     from internvl.train.recipes import find_recipe
 
     run = configure(asked)
+    if asked.dry:
+        return _dry(run, asked)
     if asked.recipe is not None:
         find_recipe(asked.recipe).prepare(run)
     return _train(run, asked)
@@ -64,10 +69,9 @@ def parse(arguments: list[str]) -> Asked:
     if "--resume" in rest and "--no-resume" in rest:
         raise ValueError("--resume and --no-resume exclude each other; give one")
     resume = True if "--resume" in rest else False if "--no-resume" in rest else None
-    words = ("--resume", "--no-resume", "--export", "--json")
-    return Asked(
-        recipe, run_json, resume, "--export" in rest, "--json" in rest, [word for word in rest if word not in words]
-    )
+    words = ("--resume", "--no-resume", "--export", "--json", "--dry-run")
+    kept = [word for word in rest if word not in words]
+    return Asked(recipe, run_json, resume, "--export" in rest, "--json" in rest, kept, "--dry-run" in rest)
 
 
 def configure(asked: Asked) -> RunConfig:
@@ -105,10 +109,43 @@ def _train(run: RunConfig, asked: Asked) -> int:
     return 0
 
 
-def _list() -> int:
-    from internvl.train.recipes import RECIPES
+def _dry(run: RunConfig, asked: Asked) -> int:
+    import tempfile
 
-    width = max(map(len, RECIPES))
-    for name, recipe in RECIPES.items():
-        sys.stdout.write(f"{name:<{width}}  {recipe.summary}\n")
+    from internvl.train.dry import dry_run
+    from internvl.train.recipes import find_recipe
+
+    release = find_recipe(asked.recipe).release if asked.recipe is not None else ""
+    with tempfile.TemporaryDirectory() as folder:
+        found = dry_run(run, release, Path(folder))
+    if asked.json:
+        sys.stdout.write(json.dumps(vars(found)) + "\n")
+        return 0
+    first, last = found.losses[0], found.losses[-1]
+    sys.stdout.write(
+        f"{found.steps} steps on {found.model}: loss {first:.3f}, then {last:.3f}; grad {found.norm:.3g}\n"
+    )
+    sys.stdout.write(f"learns: {', '.join(found.learns)}\n")
+    sys.stdout.write("changed for the dry run: " + "; ".join(found.changed) + "\n")
+    return 0
+
+
+def _list() -> int:
+    """A line for each recipe, or for each family of sizes."""
+    from internvl.train.recipes import GROUPS
+
+    for title, group in GROUPS.items():
+        sys.stdout.write(f"{title}\n")
+        families: dict[str, list[str]] = {}
+        for name, recipe in group.items():
+            families.setdefault(recipe.family or name, []).append(name)
+        for family, names in families.items():
+            sizes = [name.removeprefix(f"{family}_") for name in names if name != family]
+            shown = f"{family}_SIZE" if sizes else family
+            summary = shorten(group[names[0]].summary, 90, placeholder=" ...")
+            sys.stdout.write(f"  {shown:<24} {summary}\n")
+            if sizes:
+                indent = " " * 27
+                sys.stdout.write(fill(f"SIZE: {' '.join(sizes)}", 110, initial_indent=indent, subsequent_indent=indent))
+                sys.stdout.write("\n")
     return 0

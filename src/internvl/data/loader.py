@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -25,6 +26,19 @@ from internvl.data.measure import measure, unchanged
 from internvl.data.mixture import DataSet, Mixture
 from internvl.data.plans import Cursor, Packed, Plain, Plan, Plans
 from internvl.data.splitting import Layout
+
+
+class BatchSize(NamedTuple):
+    """What a batch will hold, known before it is made."""
+
+    samples: int
+    tokens: int
+    """Positions of its samples."""
+    positions: int
+    """Those and the padding."""
+    squares: int
+    """Sum over samples of the square of the row they attend in, for the cost of attention."""
+    tiles: int
 
 
 class _Made(NamedTuple):
@@ -138,6 +152,17 @@ class Loader:
             self._length = epoch, sum(1 for _ in self._plans.epoch(epoch))
         return self._length[1]
 
+    def sizes(self) -> list[BatchSize]:
+        """Of every batch of the epoch in which the loader stands, from text and headers of media alone."""
+        return [self._size(plan) for plan in self._plans.epoch(int(self._cursor["epoch"]))]
+
+    def make(self, number: int) -> ChatBatch:
+        """A batch of that epoch, out of turn: the loader's place stays."""
+        made = self._work[next(islice(self._plans.epoch(int(self._cursor["epoch"])), number, None))]
+        if made.batch is None or (made.problems and self.on_error == "error"):
+            raise ValueError(_sentence(*next(iter(made.problems.items()))))
+        return made.batch
+
     def state_dict(self) -> dict[str, Any]:
         """The place of the next batch, as plain JSON; the same on every rank."""
         return {**self._cursor, "fingerprint": self._fingerprint}
@@ -188,6 +213,18 @@ class Loader:
             if batch is not None and company.ranks:
                 batch = replace(batch, company=company, room=self.settings.tokens or 0)
             yield batch
+
+    def _size(self, plan: Plan) -> BatchSize:
+        counts = self._counts[plan.numbers].astype(np.int64)
+        for place, part in enumerate(plan.parts):
+            if part is not None:
+                counts[place] = part.tokens, part.tiles
+        tokens, tiles = counts.T
+        count, total = len(tokens), int(tokens.sum())
+        if self.settings.packed:
+            return BatchSize(count, total, total, int((tokens**2).sum()), int(tiles.sum()))
+        length = int(tokens.max())
+        return BatchSize(count, total, length * count, length**2 * count, int(tiles.sum()))
 
     # batches
 

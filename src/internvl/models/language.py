@@ -206,9 +206,10 @@ def _attend(
     """What transformers calls in each layer: causal attention by `attend`, in its argument order."""
     if dropout:
         raise ValueError(f"attention dropout {dropout} is not supported; set attention_dropout to 0 in llm_config")
-    longest = key.shape[2] if segments is None else int(segments.diff().max())
-    if sliding_window is not None and longest > sliding_window:
-        raise ValueError(f"{longest} tokens exceed the sliding window of {sliding_window}; use a shorter input")
+    if sliding_window is not None:
+        longest = key.shape[2] if segments is None else int(segments.diff().max())
+        if longest > sliding_window:
+            raise ValueError(f"{longest} tokens exceed the sliding window of {sliding_window}; use a shorter input")
     out = attend(query, key, value, causal=True, mask=attention_mask, segments=segments, scale=scaling)
     return out.transpose(1, 2), None
 

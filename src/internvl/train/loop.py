@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internvl.train import checkpoint, log, optim, trainable
+from internvl.train import checkpoint, largest, log, optim, trainable
 from internvl.train.feed import Feed, Item
 from internvl.train.process import choose_device, stop_on_signal
 from internvl.train.run import RunConfig, Stage, to_json
@@ -119,6 +119,8 @@ class Trainer:
         self.reporter.table(trainable.table(self.learner))
         self.reporter.begin(self.step)
         self.learner.train_mode()
+        if self.run.data.worst_first and self.step < self.num_steps:
+            largest.attempt(self)
         began = time.monotonic() - self.elapsed_s
         deadline = math.inf if self.run.max_minutes is None else 60 * self.run.max_minutes
         # a schedule over time counts all sessions of a run, one over steps only this one

@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -75,7 +76,7 @@ def is_matrix(head: nn.Module) -> TypeGuard[nn.Linear]:
     return (
         type(head) is nn.Linear
         and head.bias is None
-        and type(head.weight) is nn.Parameter
+        and type(head.weight) in (nn.Parameter, FakeTensor)  # the latter in a rehearsal of memory
         and head.weight.is_floating_point()
         and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
     )
@@ -158,3 +159,35 @@ def _chunk_sum(
         else:
             grad_table += grad_scores.T @ piece
     return total
+
+
+def cosine_sum(
+    said: Float[Tensor, "tiles states positions width"],
+    target: Float[Tensor, "tiles states positions width"],
+    class_weight: float,
+) -> Float[Tensor, ""]:
+    """Sum over tiles of 1 - cosine: the mean over patches and the class token by its weight, the mean over states.
+
+    1 - cosine has the gradient of the paper's negative cosine, and is 0 where the student says the same.
+    """
+    apart = 1 - F.cosine_similarity(said.float(), target.float(), dim=-1)
+    each = (apart[..., 1:].mean(-1) + class_weight * apart[..., 0]) / (1 + class_weight)
+    return each.mean(1).sum()
+
+
+def relation_sum(
+    said: Float[Tensor, "tiles states positions width"], target: Float[Tensor, "tiles dim"]
+) -> Float[Tensor, ""]:
+    """Squared differences of similarities between tiles, per tile: the student's (class token, and mean patch, after
+    LayerNorm, less the mean of the batch) less those of the teacher's class token. Not in the paper."""
+    normed = F.layer_norm(said[:, -1].float(), said.shape[-1:])
+    wanted = _similarities(target.float())
+    off = ~torch.eye(len(said), dtype=torch.bool, device=said.device)
+    parts = (normed[:, 0], normed[:, 1:].mean(1))
+    apart = sum((_similarities(part) - wanted)[off].square().mean() for part in parts)
+    return torch.as_tensor(apart) / len(parts) * len(said)
+
+
+def _similarities(vectors: Float[Tensor, "tiles dim"]) -> Float[Tensor, "tiles tiles"]:
+    unit = F.normalize(vectors - vectors.mean(0), dim=-1)
+    return unit @ unit.T

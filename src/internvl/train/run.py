@@ -9,7 +9,7 @@ import json
 from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_type_hints, runtime_checkable
 
 from internvl.data.packing import Packing
 
@@ -38,6 +38,9 @@ class Part:
     """Before each adapter (official wrap_llm_lora)."""
     layers_from: int = 0
     """First block that learns: -4 is the last four (official `unfreeze_vit_layers`). Language and vision, full only."""
+    drop_path: float | None = None
+    """Stochastic depth of the last block of the vision part, rising from 0 (official `drop_path_rate`); None: the
+    model's own."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class Data:
     """Where features are kept on disk; inside the run's folder when empty."""
     packing: Packing = field(default_factory=Packing)
     """How packed rows are filled, when `packed` and `batch_tokens` are set."""
+    worst_first: bool = False
+    """Run the largest micro-batch of the epoch once before training, and forget it: an out-of-memory shows at once."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,32 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Distill:
+    """From a large vision encoder to the model's vision part (paper Mini-InternVL, section 3.1): stage `distill`."""
+
+    teacher: str = ""
+    """Chat, InternVL-C/-G or InternViT folder, hub id, tiny-* name, or efficientnet-lite0."""
+    layers: int = 1
+    """Last hidden states that are compared (the paper's K, which it does not state)."""
+    projection: Literal["linear", "mlp"] = "linear"
+    """From the student's width to the teacher's behind a LayerNorm, one a hidden state, thrown away afterwards."""
+    projection_lr_scale: float = 1.0
+    fit: int = 0
+    """Pictures, the first ones: their mean state is taken away from the teacher's (that of a CNN is large and hides
+    what tells pictures apart), and a ridge regression on them starts a linear projection. 0: neither, as the paper."""
+    relation: float = 0.0
+    """Weight of a second loss: similarities between the tiles of a batch are the teacher's (not in the paper)."""
+    class_weight: float = 1.0
+    """Of the class token, beside 1 for the mean over all patches."""
+    features: Literal["memory", "disk", "none"] = "memory"
+    """Keep what the teacher says about each tile, so that it sees each one once."""
+    features_folder: str = ""
+    """Where they are kept on disk; inside the run's folder when empty."""
+    flip: bool = False
+    """Every other time a tile is seen mirrored; both views are kept."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run of a stage, fully set."""
 
@@ -179,6 +210,7 @@ class RunConfig:
     export: Literal["last", "best", "none"] = "last"
     """Which weights become the trained model in `out/model`."""
     pairs: Pairs = Pairs()
+    distill: Distill = Distill()
 
     def __post_init__(self) -> None:
         _check(self)
@@ -189,7 +221,8 @@ class RunConfig:
 
 RESUME_FREE = frozenset(
     ["out", "device", "log_every", "save_every", "eval_every", "keep", "max_minutes", "export", "data.workers"]
-    + [f"data.{name}" for name in ("features", "features_folder", "held_out", "held_out_samples")]
+    + [f"data.{name}" for name in ("features", "features_folder", "held_out", "held_out_samples", "worst_first")]
+    + ["distill.features", "distill.features_folder"]
 )
 """Fields that may change when a run goes on: they do not change what is learned."""
 
@@ -246,6 +279,14 @@ class Stage(Protocol):
         """Write folders below `out`: the trained model, and what learned beside it."""
 
 
+@runtime_checkable
+class NamesWorst(Protocol):
+    """A stage that knows the sizes of its micro-batches before it makes them."""
+
+    def worst(self) -> Any:
+        """The micro-batch of this epoch that takes the most memory; the cursor stays."""
+
+
 def _check(run: RunConfig) -> None:
     schedule = run.schedule
     if (schedule.steps is None) == (schedule.epochs is None) and schedule.over == "steps":
@@ -272,6 +313,10 @@ def _check(run: RunConfig) -> None:
     for name, value in positive.items():
         if value is not None and value <= 0:
             raise ValueError(f"{name} is {value}; it must be above 0")
+    _check_parts(run)
+
+
+def _check_parts(run: RunConfig) -> None:
     for name in PARTS:
         part = run.part(name)
         if part.layers_from and (part.learn != "full" or name == "connector"):
@@ -279,6 +324,8 @@ def _check(run: RunConfig) -> None:
                 f"{name}.layers_from is {part.layers_from} but {name}.learn is {part.learn!r}; it chooses among the "
                 "blocks of a vision or language part that is full"
             )
+    if run.connector.drop_path is not None or run.language.drop_path is not None:
+        raise ValueError("drop_path is given for connector or language; only the vision part drops paths")
     if run.connector.learn == "lora":
         raise ValueError("connector.learn is 'lora'; the connector is small: use full or frozen")
 

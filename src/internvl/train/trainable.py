@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from internvl.models.layers import DropPath, drop_path_rates
 from internvl.train.run import PARTS, Part, RunConfig
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 ROWS = "token_rows"
 """Prefix of the names of learned token rows."""
+PROJECTIONS = "projections"
+"""Prefix of the names of what distillation puts behind the student."""
 
 
 class TokenRows(nn.Module):
@@ -101,6 +104,7 @@ def choose(model: ChatModel, run: RunConfig, token_ids: Sequence[int] = ()) -> L
             _thaw(getattr(model, name), part)
         elif part.learn == "lora":
             adapt(model, name, part, run.precision)
+    _drop_paths(model, run.vision.drop_path)
     rows = _token_rows(model, run, token_ids)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if rows is not None:
@@ -117,7 +121,7 @@ def groups(learner: Learner) -> list[dict[str, Any]]:
     found: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in learner.parameters.items():
         part = learner.part_of(name)
-        scale = run.tokens.lr_scale if part == ROWS else run.part(part).lr_scale
+        scale = _lr_scale(run, part)
         decays = part != ROWS and parameter.squeeze().ndim > 1
         group = found.setdefault(
             (part, decays),
@@ -147,6 +151,19 @@ def table(learner: Learner) -> list[tuple[str, str, int, int]]:
     if learner.rows is not None:
         lines.append(("new tokens", "full", sum(p.numel() for p in learner.rows.parameters()), 0))
     return lines
+
+
+def _lr_scale(run: RunConfig, part: str) -> float:
+    beside = {ROWS: run.tokens.lr_scale, PROJECTIONS: run.distill.projection_lr_scale}
+    return beside[part] if part in beside else run.part(part).lr_scale
+
+
+def _drop_paths(model: ChatModel, top: float | None) -> None:
+    if top is None:
+        return
+    config, blocks = model.config.vision, model.vision.layers
+    for block, rate in zip(blocks, drop_path_rates(top, len(blocks), config.drop_path_schedule), strict=True):
+        block.drop_path = DropPath(rate)
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
 
-from internvl.train.recipes import pocket, pocket_dual, tiny, v1_0
+from internvl.train.recipes import mini, pocket, pocket_dual, tiny, v1_0, v1_1, v1_2, v1_5, v2_0, v2_5
+from internvl.train.recipes.official import Family
 from internvl.train.run import RunConfig
 
 
@@ -14,31 +17,60 @@ class Recipe:
     make: Callable[[], RunConfig]
     prepare: Callable[[RunConfig], None]
     """Makes the model folder or records that the recipe names, when they are not there."""
+    release: str = ""
+    """The release whose shape it trains; `pocket` or tiny where there is none."""
+    family: str = ""
+    """Name without the size, of a recipe for several sizes."""
 
     @property
     def summary(self) -> str:
-        return (self.make.__doc__ or "").strip().splitlines()[0]
+        function = self.make.func if isinstance(self.make, partial) else self.make
+        return (function.__doc__ or "").strip().splitlines()[0]
 
 
-RECIPES: dict[str, Recipe] = {
-    "tiny_sft": Recipe(tiny.tiny_sft, tiny.prepare),
-    "pocket_align_connector": Recipe(pocket.pocket_align_connector, pocket.prepare),
-    "pocket_align": Recipe(pocket.pocket_align, pocket.prepare),
-    "pocket_connector": Recipe(pocket.pocket_connector, pocket.prepare),
-    "pocket_sft": Recipe(pocket.pocket_sft, pocket.prepare),
-    "pocket_connector_cpu": Recipe(pocket.pocket_connector_cpu, pocket.prepare),
-    "pocket_sft_cpu": Recipe(pocket.pocket_sft_cpu, pocket.prepare),
-    "tiny_contrastive": Recipe(v1_0.tiny_contrastive, v1_0.prepare_tiny),
-    "tiny_generative": Recipe(v1_0.tiny_generative, v1_0.prepare_tiny),
-    "v1_0_contrastive": Recipe(v1_0.v1_0_contrastive, v1_0.prepare),
-    "v1_0_contrastive_224": Recipe(v1_0.v1_0_contrastive_224, v1_0.prepare),
-    "v1_0_generative": Recipe(v1_0.v1_0_generative, v1_0.prepare),
-    "pocket_dual_contrastive": Recipe(pocket_dual.pocket_dual_contrastive, pocket_dual.prepare),
-    "pocket_dual_generative": Recipe(pocket_dual.pocket_dual_generative, pocket_dual.prepare),
+def _of(families: Sequence[Family]) -> dict[str, Recipe]:
+    return {
+        family.recipe(size): Recipe(partial(family.make, size), partial(family.prepare, size), release, family.name)
+        for family in families
+        for size, release in family.releases.items()
+    }
+
+
+GROUPS: dict[str, dict[str, Recipe]] = {
+    "here, on random weights and on `pocket`": {
+        "tiny_sft": Recipe(tiny.tiny_sft, tiny.prepare),
+        "tiny_contrastive": Recipe(v1_0.tiny_contrastive, v1_0.prepare_tiny),
+        "tiny_generative": Recipe(v1_0.tiny_generative, v1_0.prepare_tiny),
+        "pocket_align_connector": Recipe(pocket.pocket_align_connector, pocket.prepare),
+        "pocket_align": Recipe(pocket.pocket_align, pocket.prepare),
+        "pocket_connector": Recipe(pocket.pocket_connector, pocket.prepare),
+        "pocket_sft": Recipe(pocket.pocket_sft, pocket.prepare),
+        "pocket_connector_cpu": Recipe(pocket.pocket_connector_cpu, pocket.prepare),
+        "pocket_sft_cpu": Recipe(pocket.pocket_sft_cpu, pocket.prepare),
+        "pocket_distill": Recipe(pocket.pocket_distill, pocket.prepare),
+        "pocket_dual_contrastive": Recipe(pocket_dual.pocket_dual_contrastive, pocket_dual.prepare),
+        "pocket_dual_generative": Recipe(pocket_dual.pocket_dual_generative, pocket_dual.prepare),
+    },
+    "InternVL 1.0": {
+        "v1_0_contrastive": Recipe(v1_0.v1_0_contrastive, v1_0.prepare),
+        "v1_0_contrastive_224": Recipe(v1_0.v1_0_contrastive_224, v1_0.prepare),
+        "v1_0_generative": Recipe(v1_0.v1_0_generative, v1_0.prepare),
+    },
+    "InternVL-Chat 1.1": _of(v1_1.FAMILIES),
+    "InternVL-Chat 1.2": _of(v1_2.FAMILIES),
+    "InternVL-Chat 1.5": _of(v1_5.FAMILIES),
+    "Mini-InternVL": _of(mini.FAMILIES),
+    "InternVL 2.0": _of(v2_0.FAMILIES),
+    "InternVL 2.5": _of(v2_5.FAMILIES),
 }
+"""Recipes by what they belong to, in the order of the releases."""
+RECIPES: dict[str, Recipe] = {name: recipe for group in GROUPS.values() for name, recipe in group.items()}
 
 
 def find_recipe(name: str) -> Recipe:
     if name not in RECIPES:
-        raise ValueError(f"no recipe {name!r}; it is one of {', '.join(RECIPES)}")
+        known = dict.fromkeys(f"{r.family}_SIZE" if r.family not in ("", n) else n for n, r in RECIPES.items())
+        near = get_close_matches(name, RECIPES, 3)
+        meant = f" (near it: {', '.join(near)})" if near else ""
+        raise ValueError(f"no recipe {name!r}; it is one of {', '.join(known)}{meant}")
     return RECIPES[name]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from internvl.train.run import RunConfig, Stage
-from internvl.train.stages import align, contrastive, generative, sft
+from internvl.train.stages import align, contrastive, distill, generative, sft
 
 STAGES: dict[str, Callable[[RunConfig], Stage]] = {
     "sft": sft.open_sft,
     "align": align.open_align,
     "contrastive": contrastive.open_contrastive,
     "generative": generative.open_generative_stage,
+    "distill": distill.open_distill,
 }
 
 

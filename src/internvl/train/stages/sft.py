@@ -15,15 +15,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from internvl.batch import ChatBatch
+from internvl.config import ChatConfig
 from internvl.data.batching import BatchSettings
 from internvl.data.encode import Encoder
 from internvl.data.images import normalise
 from internvl.data.loader import Loader
 from internvl.data.mixture import read_sets
-from internvl.load import Loaded, load_checkpoint
+from internvl.load import load_checkpoint
 from internvl.models.chat import ChatModel
 from internvl.tokens import SPECIAL_TOKENS, token_id
-from internvl.train import features, losses, trainable
+from internvl.train import cost, features, losses, trainable
 from internvl.train.export import export_model, export_parts
 from internvl.train.run import RunConfig
 
@@ -93,6 +94,11 @@ class Sft:
 
     def batches_per_epoch(self) -> int:
         return len(self.loader)
+
+    def worst(self) -> ChatBatch:
+        """The micro-batch of the epoch that takes the most memory, by cost.py's estimate."""
+        sizes = self.loader.sizes()
+        return self.loader.make(cost.heaviest(self.run, self.model.config, sizes))
 
     def prepare(self, batch: ChatBatch) -> Prepared:
         positions, targets, weights = losses.shift(batch.labels, batch.loss_weights)
@@ -188,16 +194,19 @@ def open_sft(run: RunConfig) -> Sft:
     loaded = load_checkpoint(run.model)
     if loaded.tokenizer is None:
         raise ValueError(f"{run.model} has no tokenizer; put its tokenizer.json beside the weights")
-    held_out = _loader(run, loaded, run.data.held_out, learning=False) if run.data.held_out else None
-    return Sft(run, loaded.model, loaded.tokenizer, _loader(run, loaded, run.data.meta, learning=True), held_out)
+    tokenizer, config = loaded.tokenizer, loaded.config
+    held_out = open_loader(run, tokenizer, config, run.data.held_out, learning=False) if run.data.held_out else None
+    return Sft(
+        run, loaded.model, tokenizer, open_loader(run, tokenizer, config, run.data.meta, learning=True), held_out
+    )
 
 
-def _loader(run: RunConfig, loaded: Loaded, path: str, learning: bool) -> Loader:
+def open_loader(run: RunConfig, tokenizer: Any, config: ChatConfig, path: str, learning: bool) -> Loader:
     """Held-out records are never augmented, shuffled, cut or skipped."""
-    data, tokenizer = run.data, loaded.tokenizer
+    data = run.data
     if not path:
         raise ValueError("data.meta is not given; set --data.meta to a meta JSON or a JSONL file")
-    config = loaded.config if data.max_tiles is None else replace(loaded.config, max_tiles=data.max_tiles)
+    config = config if data.max_tiles is None else replace(config, max_tiles=data.max_tiles)
     sets = read_sets(path)
     if not learning or data.augment == "off":
         sets = [replace(some, augment=False) for some in sets]

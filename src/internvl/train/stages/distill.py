@@ -1,0 +1,287 @@
+"""From a large vision encoder to the vision part of a chat model: cosine of hidden states (paper Mini-InternVL, 3.1).
+
+The paper gives neither its K layers nor how 3,200 channels meet 1,024: both are settings here, with a learned
+projection that is thrown away (docs/distillation.md). Teachers are teachers.py's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from internvl.config import ChatConfig
+from internvl.data.images import normalise, open_image
+from internvl.data.mixture import read_sets
+from internvl.data.tiling import cut, single
+from internvl.load import load_checkpoint
+from internvl.models.chat import ChatModel
+from internvl.train import features, trainable
+from internvl.train.export import export_model, export_parts
+from internvl.train.losses import cosine_sum, relation_sum
+from internvl.train.run import Distill, RunConfig
+from internvl.train.teachers import Teacher, last_states, open_teacher, pool_grid
+
+LOSS, RELATION = "cosine", "relation"
+RIDGE = 0.01
+"""Of the fitted projection, in mean squares of the student's channels."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles of some pictures."""
+
+    tiles: UInt8[Tensor, "tiles 3 side side"]
+    sources: tuple[str, ...]
+    digests: tuple[bytes, ...] = ()
+    """Content of each tile, where the teacher's states are kept."""
+
+    def pin_memory(self) -> Tiles:
+        return replace(self, tiles=self.tiles.pin_memory())
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Tiles:
+        return replace(self, tiles=self.tiles.to(device, non_blocking=non_blocking))
+
+
+def projection(student: int, teacher: int, kind: str) -> nn.Module:
+    """From the student's width to the teacher's: LayerNorm, then a matrix with bias, or two of them around a GELU."""
+    if kind == "linear":
+        return nn.Sequential(nn.LayerNorm(student), nn.Linear(student, teacher))
+    return nn.Sequential(nn.LayerNorm(student), nn.Linear(student, teacher), nn.GELU(), nn.Linear(teacher, teacher))
+
+
+def pictures_of(path: str, limit: int | None = None) -> list[str]:
+    """Every picture that the records of a meta JSON or JSONL name, once, in their order."""
+    if not path:
+        raise ValueError("data.meta is not given; set --data.meta to a meta JSON or a JSONL file")
+    found: dict[str, None] = {}
+    for data in read_sets(path):
+        for position in range(len(data.lines)):
+            named = json.loads(data.lines.read(position)).get("image") or ()
+            for name in [named] if isinstance(named, str) else named:
+                found[str(Path(data.root) / name)] = None
+        if limit is not None and len(found) >= limit:
+            break
+    if not found:
+        raise ValueError(f"{path}: no record has a picture, and distillation learns from nothing else")
+    return list(found)[:limit]
+
+
+def _ridge(linear: nn.Linear, x: Float[Tensor, "rows dim"], y: Float[Tensor, "rows width"]) -> None:
+    """Weight and bias that predict y from x best, in float64, large weights punished."""
+    x, y = x.double(), y.double()
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    centred = x - mean_x
+    gram = centred.T @ centred
+    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    weight = torch.linalg.solve(gram, centred.T @ (y - mean_y))
+    linear.weight.copy_(weight.T)
+    linear.bias.copy_(mean_y - mean_x @ weight)
+
+
+class DistillStage:
+    """The student follows the teacher on every tile."""
+
+    def __init__(self, run: RunConfig, model: ChatModel, tokenizer: Any, teacher: Teacher) -> None:
+        relation = run.distill.relation
+        self.coefficients: Mapping[str, float] = {LOSS: 1.0} | ({RELATION: relation} if relation else {})
+        self.run, self.model, self.tokenizer, self.teacher = run, model, tokenizer, teacher
+        self.settings: Distill = run.distill
+        self.pictures = pictures_of(run.data.meta)
+        self.side = min(self.grid, teacher.grid)
+        """Of the grid on which both are compared: the coarser one."""
+        self.size = run.data.batch_samples or 16
+        self.epoch, self.place = 0, 0
+        self.store: features.MemoryStore | None = None
+        self.projections: list[nn.Module] = []
+        self.mean: Tensor | None = None
+
+    @property
+    def config(self) -> ChatConfig:
+        most = self.run.data.max_tiles
+        return self.model.config if most is None else replace(self.model.config, max_tiles=most)
+
+    @property
+    def grid(self) -> int:
+        return self.model.config.tile_size // self.model.config.vision.patch_size
+
+    @cached_property
+    def held_out(self) -> list[str]:
+        data = self.run.data
+        return pictures_of(data.held_out, data.held_out_samples) if data.held_out else []
+
+    def begin(self, run: RunConfig, device: torch.device) -> trainable.Learner:
+        if run.vision.learn == "frozen" or run.connector.learn != "frozen" or run.language.learn != "frozen":
+            raise ValueError(
+                f"the distill stage teaches the vision part alone; vision.learn is {run.vision.learn!r}, connector's "
+                f"{run.connector.learn!r}, language's {run.language.learn!r}: set full or lora, frozen, frozen"
+            )
+        self.model.to(device)
+        self.teacher.module.to(device)
+        learner = trainable.choose(self.model, run)
+        if run.grad_checkpoint:
+            self.model.vision.checkpointing = True
+        if run.compile:
+            for block in self.model.vision.layers:
+                block.compile()
+        student = self.model.config.vision.width
+        kind = self.settings.projection
+        self.projections = [projection(student, self.teacher.width, kind) for _ in range(self.settings.layers)]
+        behind = nn.ModuleList(self.projections).to(device)
+        named = {f"{trainable.PROJECTIONS}.{name}": p for name, p in behind.named_parameters()}
+        self.store = self._open_store(device)
+        if self.settings.fit:
+            self._fit(device)
+        return replace(learner, parameters={**learner.parameters, **named})
+
+    def batches(self) -> Generator[Tiles, None, None]:
+        if self.size > len(self.pictures):
+            raise ValueError(f"data.batch_samples is {self.size} but there are {len(self.pictures)} pictures; lower it")
+        while True:
+            order = np.random.default_rng((self.run.seed, self.epoch)).permutation(len(self.pictures))
+            while self.place + self.size <= len(order):
+                chosen = order[self.place : self.place + self.size].tolist()
+                self.place += self.size
+                drawn = np.random.default_rng((self.run.seed, self.epoch, self.place))
+                yield self._tiles([self.pictures[k] for k in chosen], drawn)
+            self.epoch, self.place = self.epoch + 1, 0
+
+    def cursor(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "place": self.place}
+
+    def seek(self, cursor: Mapping[str, Any]) -> None:
+        self.epoch, self.place = int(cursor["epoch"]), int(cursor["place"])
+
+    def batches_per_epoch(self) -> int:
+        return max(1, len(self.pictures) // self.size)
+
+    def prepare(self, batch: Tiles) -> Tiles:
+        return batch if self.store is None else replace(batch, digests=tuple(features.digests(batch.tiles)))
+
+    def weights(self, batch: Tiles) -> dict[str, float]:
+        return dict.fromkeys(self.coefficients, float(len(batch.tiles)))
+
+    def losses(self, prepared: Tiles) -> dict[str, Float[Tensor, ""]]:
+        """Sum over tiles of the distance between projected states and the teacher's."""
+        target = self._target(prepared)
+        target = target if self.mean is None else target - self.mean
+        states = self._student(prepared.tiles)
+        said = torch.stack([behind(x) for behind, x in zip(self.projections, states.unbind(1), strict=True)], dim=1)
+        found = {LOSS: cosine_sum(said, target, self.settings.class_weight)}
+        if RELATION in self.coefficients:
+            found[RELATION] = relation_sum(states, target[:, -1, 0])
+        return found
+
+    def sizes(self, batch: Tiles) -> dict[str, int]:
+        tiles = len(batch.tiles)
+        tokens = tiles * (self.side**2 + 1)
+        return {"samples": len(batch.sources), "tokens": tokens, "learned": tokens, "tiles": tiles}
+
+    def describe(self, batch: Tiles) -> str:
+        return ", ".join(batch.sources)
+
+    def lost(self) -> tuple[int, Mapping[str, str]]:
+        return 0, {}
+
+    def evaluate(self, device: torch.device) -> dict[str, float]:
+        """Mean distance on pictures that are never trained on, not mirrored."""
+        if not self.held_out:
+            return {}
+        total, count = 0.0, 0
+        for first in range(0, len(self.held_out), self.size):
+            batch = self._tiles(self.held_out[first : first + self.size], None)
+            total += float(self.losses(self.prepare(batch).to(device))[LOSS])
+            count += len(batch.tiles)
+        return {"held_out_loss": total / count}
+
+    def export(self, learner: trainable.Learner, out: Path) -> None:
+        """The chat model with its new vision part; the projections stay in the checkpoints."""
+        dtype = torch.bfloat16 if self.run.precision == "bf16" else torch.float32
+        export_parts(learner, out / "parts", dtype)
+        export_model(learner, self.tokenizer, out / "model", dtype)
+
+    def _target(self, batch: Tiles) -> Float[Tensor, "tiles states positions width"]:
+        """What the teacher says, kept or computed now, in float32."""
+        if self.store is None:
+            return self._taught(batch.tiles).float()
+        return self.store.gather(batch.tiles, batch.digests, self._taught).float()
+
+    def _student(self, tiles: Tensor) -> Float[Tensor, "tiles states positions width"]:
+        """Its last states on the grid of the comparison."""
+        config = self.model.config
+        pixels = normalise(tiles, config.normalize)
+        states = last_states(self.model.vision, pixels, config.feature_layer, self.settings.layers)
+        return torch.stack([pool_grid(state, self.side) for state in states], dim=1)
+
+    @torch.no_grad()
+    def _fit(self, device: torch.device) -> None:
+        """Mean states of the teacher, and the projections that fit best, over the first pictures: always the same."""
+        if self.settings.projection != "linear":
+            raise ValueError(f"distill.fit is {self.settings.fit} but the projection is not linear; set one of them")
+        self.model.eval()
+        seen, taught = [], []
+        for first in range(0, self.settings.fit, self.size):
+            chosen = self.pictures[: self.settings.fit][first : first + self.size]
+            if not chosen:
+                break
+            batch = self.prepare(self._tiles(chosen, None)).to(device)
+            taught.append(self._target(batch))
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.run.precision == "bf16"):
+                seen.append(self._student(batch.tiles).float())
+        x, y = torch.cat(seen), torch.cat(taught)
+        mean = y.mean(0)
+        patches = mean[:, 1:].mean(1, keepdim=True).expand(-1, mean.shape[1] - 1, -1)
+        self.mean = torch.cat([mean[:, :1], patches], dim=1)
+        for number, behind in enumerate(self.projections):
+            norm, linear = behind.children()
+            assert isinstance(linear, nn.Linear)
+            _ridge(linear, norm(x[:, number]).flatten(0, 1), (y - self.mean)[:, number].flatten(0, 1))
+
+    def _taught(self, tiles: Tensor) -> Float[Tensor, "tiles states positions width"]:
+        return self.teacher.states(tiles, self.settings.layers, self.side)
+
+    def _open_store(self, device: torch.device) -> features.MemoryStore | None:
+        settings = self.settings
+        if settings.features == "none":
+            return None
+        if self.run.data.augment == "on":
+            raise ValueError("data.augment is 'on', so tiles change: set --distill.features none, or augment off")
+        if settings.features == "memory":
+            return features.MemoryStore()
+        name = features.key(
+            self.teacher.module, **self.teacher.settings(), layers=settings.layers, grid=self.side, device=device.type
+        )
+        folder = Path(settings.features_folder or f"{self.run.out}/features") / name
+        shape = (settings.layers, self.side**2 + 1, self.teacher.width)
+        return features.DiskStore(folder, shape, torch.bfloat16)
+
+    def _tiles(self, pictures: Sequence[str], rng: np.random.Generator | None) -> Tiles:
+        """Cut as the chat model cuts them: dynamic tiles, or the whole picture as one where max_tiles is 1."""
+        config, found = self.config, []
+        for path in pictures:
+            image = open_image(path)
+            if config.dynamic_tiles and config.max_tiles > 1:
+                tiles = cut(image, config.min_tiles, config.max_tiles, config.thumbnail, config.tile_size)
+            else:
+                tiles = single(image, config.tile_size)
+            mirrored = self.settings.flip and rng is not None and rng.random() < 0.5
+            found.append(tiles.flip(-1) if mirrored else tiles)
+        return Tiles(torch.cat(found), tuple(pictures))
+
+
+def open_distill(run: RunConfig) -> DistillStage:
+    """Student, teacher and pictures of a run."""
+    loaded = load_checkpoint(run.model)
+    dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
+    teacher = open_teacher(run.distill.teacher, dtype)
+    if run.distill.layers < 1:
+        raise ValueError(f"distill.layers is {run.distill.layers}; at least one state is compared")
+    return DistillStage(run, loaded.model, loaded.tokenizer, teacher)
