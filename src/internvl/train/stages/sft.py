@@ -229,4 +229,6 @@ def _loader(run: RunConfig, loaded: Loaded, path: str, learning: bool) -> Loader
         shuffle=learning,
         workers=data.workers,
         on_error=data.on_error if learning else "error",
+        max_rejected=data.max_rejected,
+        quarantine=Path(run.out) / "quarantine.jsonl" if learning and data.on_error == "quarantine" else None,
     )
