@@ -106,7 +106,8 @@ class Problem:
 
     source: str
     message: str
-    reason: Reason = "fields"
+    reason: str = "fields"
+    """One word, for lines of chat records one of `Reason`."""
 
 
 def read_records(path: str | Path, root: str = "", problems: list[Problem] | None = None) -> Iterator[Record]:
