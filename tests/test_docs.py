@@ -101,7 +101,8 @@ def parse_with(module: str, kind: str) -> Any:
 
 
 def parse_data(words: list[str]) -> None:
-    parse_with("data", {"collect": "Collect", "build": "Build", "dual": "Dual", "show": "Show"}[words[0]])(words[1:])
+    kinds = {"collect": "Collect", "build": "Build", "dual": "Dual", "show": "Show", "check": "Check"}
+    parse_with("data", kinds[words[0]])(words[1:])
 
 
 def parse_train(words: list[str]) -> None:
@@ -115,7 +116,10 @@ def parse_train(words: list[str]) -> None:
 
 
 def parse_curate(words: list[str]) -> None:
-    parse_with(f"curate_{words[0]}", {"pairs": "Pairs"}[words[0]])(words[1:])
+    from internvl.commands.curate import VERBS as CURATE_VERBS
+
+    module, _ = CURATE_VERBS[words[0]]
+    parse_with(module, words[0].capitalize())(words[1:])
 
 
 def parse_evaluate(words: list[str]) -> None:

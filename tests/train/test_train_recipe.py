@@ -23,7 +23,7 @@ from internvl.load import load_checkpoint
 from internvl.pocket import merge
 from internvl.train.loop import train
 from internvl.train.recipes import find_recipe, tiny
-from internvl.train.run import Part, RunConfig, Schedule, Tokens, to_json
+from internvl.train.run import Part, RunConfig, Schedule, Tokens, differences, to_json
 from internvl.train.stages import open_stage
 
 
@@ -300,10 +300,75 @@ def test_records_left_out_are_counted_and_named(inputs: Path, tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"records\.jsonl:5: .*-gone\.png"):
         run_here(run)
     run = replace(run, out=str(tmp_path / "skips"), data=replace(run.data, on_error="skip"))
+    with pytest.raises(ValueError, match=r"1 of \d+ records rejected \(1 missing\): .*limit is 1.00%.*max_rejected"):
+        run_here(run)
+    run = replace(run, data=replace(run.data, max_rejected=0.1))
     run_here(run)
     last = json.loads((tmp_path / "skips" / "metrics.jsonl").read_text().splitlines()[-2])
     assert last["skipped"] == 1
     assert (tmp_path / "skips" / "skipped.txt").read_text().startswith(f"{tmp_path / 'records.jsonl'}:5\t")
+
+
+def damaged(inputs: Path, tmp_path: Path) -> Path:
+    """The records of `tiny_sft`, one of them without its picture and one broken."""
+    lines = (inputs / "records.jsonl").read_text().splitlines(keepends=True)
+    lines[4], lines[9] = lines[4].replace(".png", "-gone.png"), "{broken\n"
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(lines))
+    return path
+
+
+def quick_run(inputs: Path, out: Path, records: Path, steps: int, **changes: Any) -> RunConfig:
+    """Six batches of an epoch, one tile a picture, nothing measured or written at the end."""
+    run = tiny_run(inputs, out, schedule=Schedule(steps=steps), export="none", **changes)
+    return replace(run, data=replace(run.data, meta=str(records), held_out="", batch_samples=6, max_tiles=1))
+
+
+def test_counts_and_quarantine_of_a_resumed_run_are_those_of_a_whole_one(inputs: Path, tmp_path: Path) -> None:
+    path = damaged(inputs, tmp_path)
+    for name, workers, cut in (("whole", 0, None), ("parts", 2, 4)):
+        run = quick_run(inputs, tmp_path / name, path, steps=7, save_every=3)
+        data = replace(run.data, on_error="quarantine", max_rejected=0.2, workers=workers)
+        run = replace(run, data=data)
+        if cut is not None:
+            stage = open_stage(run)
+            inner, count = stage.losses, [0]
+
+            def losses(prepared: Any, inner: Any = inner, count: list[int] = count, cut: int = cut) -> Any:
+                count[0] += 1
+                if count[0] > cut:
+                    raise RuntimeError("killed")
+                return inner(prepared)
+
+            stage.losses = losses  # type: ignore[method-assign]
+            with pytest.raises(RuntimeError, match="killed"):
+                train(run, stage)
+        run_here(run)
+    for name in ("records.json", "skipped.txt"):
+        assert (tmp_path / "parts" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    (counts,) = json.loads((tmp_path / "whole" / "records.json").read_text()).values()
+    assert counts["given"] == counts["accepted"] + sum(counts["rejected"].values())
+    assert counts["rejected"].keys() == {"json", "missing"}
+    for name in ("parts", "whole"):
+        lines = (tmp_path / name / "quarantine.jsonl").read_text().splitlines()
+        entries = {entry["line"]: entry for entry in map(json.loads, lines)}
+        assert len(lines) == len(entries) == 2
+        assert (entries[5]["reason"], entries[10]["reason"]) == ("missing", "json")
+        assert entries[5]["record"] == json.loads(path.read_text().splitlines()[4])
+        assert entries[5]["file"] == str(path)
+
+
+def test_the_remedy_for_a_bad_record_may_be_given_when_a_run_goes_on() -> None:
+    """A run that a bad record ended goes on from its checkpoint with the record left out."""
+    run = tiny.tiny_sft()
+    kinder = replace(run, data=replace(run.data, on_error="skip", max_rejected=0.2))
+    assert differences(run, kinder) == []
+
+
+def test_a_share_outside_0_to_1_is_refused() -> None:
+    run = tiny.tiny_sft()
+    with pytest.raises(ValueError, match=r"data.max_rejected is 2; it is a share"):
+        replace(run, data=replace(run.data, max_rejected=2))
 
 
 def test_a_recipe_names_the_one_that_it_goes_on_from(tmp_path: Path, monkeypatch: Any) -> None:

@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 
 VERBS = {
+    "filter": ("curate_filter", "chat records: repetition, abnormal lengths, low scores and duplicates go"),
     "pairs": ("curate_pairs", "pictures with captions: size, shape, length, language, fit and duplicates"),
 }
 """Verb -> module of commands/ with `main(arguments)`, and what it does."""

@@ -1,4 +1,4 @@
-"""`internvl data`: collect the packaged pictures, build the sets of pocket and pocket-dual, look at samples."""
+"""`internvl data`: collect packaged pictures, build the sets of pocket and pocket-dual, check sets, look at samples."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
+
+from internvl.commands.data_check import Check, open_encoder
 
 
 @dataclass(frozen=True)
@@ -48,22 +50,42 @@ class Dual:
 
 @dataclass(frozen=True)
 class Show:
-    """A contact sheet of random lines with questions and answers."""
+    """A contact sheet of random records; or one record as a model sees it: tiles, prompt, what is learned."""
 
     file: Annotated[Path, tyro.conf.Positional]
-    out: Path = Path("sheet.png")
+    """A JSONL file, or a meta JSON together with --line."""
+    out: Path | None = None
+    """sheet.png for a contact sheet. One record goes to the terminal, or to a file that ends in .png or .html."""
     number: int = 30
+    """Records of the contact sheet."""
     seed: int = 0
+    """Which of them; of one record, what is random about its sample."""
+    line: int | None = None
+    """Show the record of this line, counted from 1."""
+    set: str = ""
+    """Set of a meta JSON; the first when not given."""
+    model: str = "pocket"
+    """Whose tokenizer, template and tiles: a folder, a hub id or `pocket`."""
+    max_length: int = 8192
+    max_tiles: int | None = None
+    overlong: Literal["error", "cut"] = "error"
+    weighting: Literal["token", "sample", "square"] = "square"
 
 
 def main(arguments: list[str]) -> int:
     asked = tyro.extras.subcommand_cli_from_dict(
-        {"collect": Collect, "build": Build, "dual": Dual, "show": Show}, args=arguments, prog="internvl data"
+        {"collect": Collect, "build": Build, "dual": Dual, "show": Show, "check": Check},
+        args=arguments,
+        prog="internvl data",
     )
     if isinstance(asked, Collect):
         return _collect(asked)
     if isinstance(asked, Dual):
         return _dual(asked)
+    if isinstance(asked, Check):
+        from internvl.commands.data_check import run
+
+        return run(asked)
     return _build(asked) if isinstance(asked, Build) else _show(asked)
 
 
@@ -98,7 +120,40 @@ def _show(asked: Show) -> int:
     from internvl.data.sheet import sheet
 
     if not asked.file.is_file():
-        raise ValueError(f"{asked.file} is not a file; give a JSONL that `internvl data build` wrote")
-    sheet(asked.file, asked.number, asked.seed).save(asked.out)
+        raise ValueError(f"{asked.file} is not a file; give a JSONL file of records")
+    if asked.line is not None:
+        return _show_one(asked, asked.line)
+    out = asked.out or Path("sheet.png")
+    sheet(asked.file, asked.number, asked.seed).save(out)
+    sys.stdout.write(f"{out}\n")
+    return 0
+
+
+def _show_one(asked: Show, line: int) -> int:
+    import numpy as np
+    from rich.console import Console
+
+    from internvl.data import show
+    from internvl.data.loader import encoder_of
+    from internvl.data.mixture import read_sets
+
+    if asked.out is not None and asked.out.suffix not in (".png", ".html"):
+        raise ValueError(f"--out {asked.out}: a record is written as .png or .html; without --out it is printed")
+    sets = read_sets(asked.file)
+    data = next((some for some in sets if asked.set in ("", some.name)), None)
+    if data is None:
+        raise ValueError(f"--set {asked.set}: {asked.file} has {', '.join(some.name for some in sets)}")
+    found = np.flatnonzero(data.lines.numbers == line)
+    if not len(found):
+        raise ValueError(f"--line {line}: {data.annotation} has lines 1 to {data.lines.numbers[-1]}, blank ones aside")
+    encoder = encoder_of(open_encoder(asked.model, asked.max_length, asked.max_tiles, asked.overlong), data)
+    seen = show.view(data.record(int(found[0])), encoder, asked.weighting, np.random.default_rng(asked.seed))
+    if asked.out is None:
+        show.tell(seen, Console())
+        return 0
+    if asked.out.suffix == ".html":
+        asked.out.write_text(show.to_html(seen), encoding="utf-8")
+    else:
+        show.to_picture(seen).save(asked.out)
     sys.stdout.write(f"{asked.out}\n")
     return 0

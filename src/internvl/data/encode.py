@@ -20,7 +20,7 @@ from torch import Tensor
 from internvl.config import ChatConfig
 from internvl.data.images import Limits, Source, compress, header_size, jpeg_augment, open_image, pad_to_square
 from internvl.data.media import FrameSettings, expand_video, probe, read_frames
-from internvl.data.records import Record
+from internvl.data.records import Record, RecordError
 from internvl.data.splitting import Layout, Segment, Span
 from internvl.data.templates import Piece, Template, Turn, find_template, layout, media_of, turns_of
 from internvl.data.tiling import count_tiles, cut, single
@@ -67,6 +67,16 @@ class Prompt(NamedTuple):
 class Counts(NamedTuple):
     tokens: int
     tiles: int
+
+
+class Outline(NamedTuple):
+    """What `encode` makes of a record, from its text and the headers of its media alone."""
+
+    tokens: int
+    """Before anything is cut."""
+    tiles: int
+    learned: int
+    num_cut: int
 
 
 @dataclass(frozen=True)
@@ -131,6 +141,14 @@ class Encoder:
             longer += length - 1
         return Layout(tuple(spans), labels != IGNORE_INDEX)
 
+    def outline(self, record: Record, rng: np.random.Generator | None = None) -> Outline:
+        """As `encode`, with the same refusals, but no pixel is read."""
+        turns, tiles = self._measured(record, rng)
+        ids, labels = self.tokenise(turns, tiles, record.source)
+        kept = self._fit(ids, labels, record.source)
+        learned = int((labels[:kept] != IGNORE_INDEX).sum())
+        return Outline(len(ids), sum(tiles), learned, len(ids) - kept)
+
     def prompt(
         self,
         messages: Sequence[Mapping[str, Any] | Turn],
@@ -158,7 +176,7 @@ class Encoder:
         try:
             return expand(self._tokens(turns), self._lengths(tile_counts))
         except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
+            raise RecordError("marks", f"{source}: {error}") from error
 
     # text
 
@@ -181,18 +199,21 @@ class Encoder:
         limit = len(ids) if self.max_length is None else self.max_length
         if len(ids) > limit:
             if self.overlong == "error":
-                raise ValueError(
+                raise RecordError(
+                    "too_long",
                     f"{source}: {len(ids)} tokens; the limit is {limit}; shorten it, raise max_length, "
-                    "lower max_tiles, or set overlong='cut'"
+                    "lower max_tiles, or set overlong='cut'",
                 )
             last_image = np.flatnonzero(ids == self.tokeniser.image_token_id)[-1:]
             if len(last_image) and last_image[0] + 2 > limit:  # the token that ends an image must fit too
-                raise ValueError(
+                raise RecordError(
+                    "too_long",
                     f"{source}: its images end at token {last_image[0] + 2}; the limit is {limit}; "
-                    "raise max_length or lower max_tiles"
+                    "raise max_length or lower max_tiles",
                 )
         if not (labels[:limit] != IGNORE_INDEX).any():
-            raise ValueError(f"{source}: no answer among its first {limit} tokens; raise max_length or remove it")
+            said = f"no answer among its first {limit} tokens; raise max_length or remove it"
+            raise RecordError("no_answer", f"{source}: {said}")
         return min(limit, len(ids))
 
     # pixels
@@ -210,9 +231,9 @@ class Encoder:
         return record.turns, [self._count(source, budget) for source in record.images]
 
     def _count(self, source: Source, budget: int) -> int:
+        width, height = header_size(source, self.limits)
         if not self.config.dynamic_tiles:
             return 1
-        width, height = header_size(source)
         if self.config.pad_to_square:
             width = height = max(width, height)
         low = min(self.config.min_tiles, budget)

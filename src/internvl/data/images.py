@@ -88,13 +88,16 @@ def open_image(source: Source, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
         return _to_rgb(image, name)
 
 
-def header_size(source: Source) -> tuple[int, int]:
-    """Width and height after the EXIF turn, from the header alone."""
+def header_size(source: Source, limits: Limits | None = None) -> tuple[int, int]:
+    """Width and height after the EXIF turn, from the header alone; with `limits`, refused where opening would be."""
     if isinstance(source, np.ndarray):
         return source.shape[1], source.shape[0]
     if isinstance(source, Image.Image):
         return _upright_size(source)
-    with _open(source, _name(source)) as image:
+    name = _name(source)
+    with _open(source, name) as image:
+        if limits is not None:
+            _check_pixels(image, name, limits)
         return _upright_size(image)
 
 

@@ -12,20 +12,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch.utils.data import DataLoader, Dataset
 
 from internvl.batch import ChatBatch, Company
 from internvl.data.batching import BatchSettings
 from internvl.data.collate import collate, collate_nothing, collate_packed
 from internvl.data.encode import Encoder, Sample
+from internvl.data.ledger import Ledger, Quarantine, Rejection
 from internvl.data.measure import measure, unchanged
 from internvl.data.mixture import DataSet, Mixture
 from internvl.data.plans import Cursor, Packed, Plain, Plan, Plans
-from internvl.data.splitting import Layout
+from internvl.data.records import RecordError, printable, reason_of
+from internvl.data.splitting import Layout, Segment
+from internvl.tokens import IGNORE_INDEX
 
 
 class BatchSize(NamedTuple):
@@ -43,9 +47,9 @@ class BatchSize(NamedTuple):
 
 class _Made(NamedTuple):
     batch: ChatBatch | None
-    problems: dict[str, str]
-    """File and line of what could not be used, and why."""
-    num_cut: int
+    accepted: list[tuple[str, bool]] = []  # noqa: RUF012 -- never written to
+    """Set of each record, and whether it was cut; once for a record of several parts."""
+    rejected: list[Rejection] = []  # noqa: RUF012
 
 
 @dataclass
@@ -60,21 +64,34 @@ class _Work(Dataset[_Made]):
 
     def __getitem__(self, plan: Plan) -> _Made:
         samples: list[Sample] = []
-        problems: dict[str, str] = {}
+        accepted: list[tuple[str, bool]] = []
+        rejected: list[Rejection] = []
         parts = plan.parts or [None] * len(plan.places)
         for place, number, part in zip(plan.places.tolist(), plan.numbers.tolist(), parts, strict=True):
             try:
                 sample = self._sample(number, self._rng(plan.epoch, place))
-                samples.append(sample if part is None else sample.part(part))
+                taken = sample if part is None else sample.part(part)
             except (ValueError, OSError) as error:
-                problems[self.mixture.source(number)] = str(error)
+                learned = self.layout(number, plan.epoch, place).learned
+                rejected.append(self._rejection(number, error, _is_first(part, learned)))
                 if not self.skips:
-                    return _Made(None, problems, 0)
+                    return _Made(None, rejected=rejected)
+            else:
+                samples.append(taken)
+                if _is_first(part, sample.labels.numpy() != IGNORE_INDEX):
+                    accepted.append((self._name(number), sample.num_cut > 0))
         if not samples:
-            return _Made(None, problems, 0)
+            return _Made(None, rejected=rejected)
         join = collate_packed if self.settings.packed else collate
-        batch = join(samples, self.pad_id, self.settings.weighting)
-        return _Made(batch, problems, sum(sample.num_cut > 0 for sample in samples))
+        return _Made(join(samples, self.pad_id, self.settings.weighting), accepted, rejected)
+
+    def _name(self, number: int) -> str:
+        data = self.mixture.sets[self.mixture.locate(number)[0]]
+        return data.name or data.annotation
+
+    def _rejection(self, number: int, error: ValueError | OSError, counts: bool) -> Rejection:
+        source = self.mixture.source(number)
+        return Rejection(number, self._name(number), source, reason_of(error), printable(error), counts)
 
     def layout(self, number: int, epoch: int, place: int) -> Layout:
         """Where pictures and learned tokens of a record are; of one that cannot be used, nothing."""
@@ -89,7 +106,10 @@ class _Work(Dataset[_Made]):
 
     def _sample(self, number: int, rng: np.random.Generator) -> Sample:
         index, position = self.mixture.locate(number)
-        return self.encoders[index].encode(self.mixture.sets[index].record(position), rng)
+        sample = self.encoders[index].encode(self.mixture.sets[index].record(position), rng)
+        if self.settings.room is None:  # a row that is packed was planned to hold it, whole or in parts
+            check_sample(sample, self.settings)
+        return sample
 
 
 @dataclass
@@ -106,24 +126,40 @@ class Loader:
     prefetch: int = 4
     """Batches that each worker makes ahead."""
     pin_memory: bool = False
-    on_error: Literal["error", "skip"] = "error"
-    """A record that cannot be used ends the run, or is skipped, counted and named."""
+    on_error: Literal["error", "skip", "quarantine"] = "error"
+    """A record that cannot be used ends the run, or is left out, counted and named, or written to a file as well."""
+    max_rejected: float = 1.0
+    """Largest share of records left out before the run ends: of an epoch, or of all given so far if that is more."""
+    quarantine: Path | None = None
+    """The file of `on_error="quarantine"`."""
     skipped: dict[str, str] = field(default_factory=dict, init=False)
-    """File and line of what was skipped, and why."""
-    num_skipped: int = field(default=0, init=False)
-    num_cut: int = field(default=0, init=False)
-    """Samples that were cut because they were too long."""
+    """File and line of what was left out, and why."""
+    ledger: Ledger = field(default_factory=Ledger, init=False)
+    """What became of every record since the beginning of the run; part of the state. Of a rank: of its own records."""
 
     def __post_init__(self) -> None:
+        if (self.on_error == "quarantine") != (self.quarantine is not None):
+            raise ValueError(f"on_error is {self.on_error!r} and quarantine {self.quarantine}; give both or neither")
         self._mixture = Mixture(self.sets, self.seed, self.shuffle)
-        encoders = [_encoder_of(self.encoder, data) for data in self.sets]
-        self._work = _Work(self._mixture, encoders, self.settings, self.pad_id, self.on_error == "skip")
+        encoders = [encoder_of(self.encoder, data) for data in self.sets]
+        self._work = _Work(self._mixture, encoders, self.settings, self.pad_id, self.on_error != "error")
         mixture, settings = self._mixture, self.settings
-        self._plans: Plans = Plain(mixture, settings, lambda: self._counts)
+        self._plans: Plans = Plain(mixture, settings, lambda: self._counts, tolerant=self.on_error != "error")
         if settings.room is not None:
             self._plans = Packed(mixture, settings, lambda: self._counts, self._work.layout)
         self._cursor = self._plans.first()
         self._length: tuple[int, int] = (-1, 0)
+        self._aside: Quarantine | None = None
+        self._resumed = False
+
+    @property
+    def num_skipped(self) -> int:
+        return self.ledger.num_rejected
+
+    @property
+    def num_cut(self) -> int:
+        """Samples that were cut because they were too long."""
+        return self.ledger.cut.total()
 
     def __iter__(self) -> Iterator[ChatBatch]:
         """From where the loader stands, without end."""
@@ -159,13 +195,13 @@ class Loader:
     def make(self, number: int) -> ChatBatch:
         """A batch of that epoch, out of turn: the loader's place stays."""
         made = self._work[next(islice(self._plans.epoch(int(self._cursor["epoch"])), number, None))]
-        if made.batch is None or (made.problems and self.on_error == "error"):
-            raise ValueError(_sentence(*next(iter(made.problems.items()))))
+        if made.batch is None or (made.rejected and self.on_error == "error"):
+            raise ValueError(_sentence(made.rejected[0].source, made.rejected[0].message))
         return made.batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The place of the next batch, as plain JSON; the same on every rank."""
-        return {**self._cursor, "fingerprint": self._fingerprint}
+        """The place of the next batch, as plain JSON, the same on every rank; and the counts of this one."""
+        return {**self._cursor, "fingerprint": self._fingerprint, "counts": self.ledger.state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to the place of a state; data and settings must be those it was taken with, ranks and workers need not."""
@@ -174,7 +210,8 @@ class Loader:
                 f"the state is of other data or settings ({state['fingerprint']}, here {self._fingerprint}); "
                 "resume with the same sets, seed, batch settings, max_length and tiles, or start anew"
             )
-        self._cursor = {name: value for name, value in state.items() if name != "fingerprint"}
+        self._cursor = {name: value for name, value in state.items() if name not in ("fingerprint", "counts")}
+        self.ledger, self._resumed = Ledger.of(state.get("counts", {})), True
 
     def describe(self, batch: ChatBatch) -> str:
         """Files and lines of a batch."""
@@ -232,15 +269,27 @@ class Loader:
         """The batch of each plan; None where every sample of it was skipped."""
         num_empty = 0
         for made in self._run(plans):
-            if made.problems and self.on_error == "error":
-                raise ValueError(_sentence(*next(iter(made.problems.items()))))
-            self.skipped.update(made.problems)
-            self.num_skipped += len(made.problems)
-            self.num_cut += made.num_cut
+            if made.rejected and self.on_error == "error":
+                raise ValueError(_sentence(made.rejected[0].source, made.rejected[0].message))
+            self._account(made)
             num_empty = 0 if made.batch is not None else num_empty + 1
             if num_empty > len(self._mixture):
-                raise ValueError(f"{num_empty} batches in a row had no usable record; the last: {made.problems}")
+                raise ValueError(f"{num_empty} batches in a row had no usable record; the last: {made.rejected}")
             yield made.batch
+
+    def _account(self, made: _Made) -> None:
+        """Count what became of the records of a batch, and set the rejected ones aside."""
+        self.ledger.add(made.accepted, made.rejected)
+        if not made.rejected:
+            return
+        for some in made.rejected:
+            self.skipped[some.source] = some.message
+            if self.quarantine is not None:
+                self._aside = self._aside or Quarantine(self.quarantine, keep=self._resumed)
+                index, position = self._mixture.locate(some.number)
+                self._aside.add(some, self.sets[index].raw(position))
+        last = made.rejected[-1]
+        self.ledger.check(self.max_rejected, self._mixture.entries, _sentence(last.source, last.message))
 
     def _run(self, plans: Iterator[Plan]) -> Iterator[_Made]:
         if not self.workers:
@@ -259,7 +308,8 @@ class Loader:
         )
 
 
-def _encoder_of(encoder: Encoder, data: DataSet) -> Encoder:
+def encoder_of(encoder: Encoder, data: DataSet) -> Encoder:
+    """The encoder with what the meta JSON says about a set."""
     config = encoder.config if data.max_tiles is None else replace(encoder.config, max_tiles=data.max_tiles)
     return replace(encoder, config=config, augment=encoder.augment or data.augment)
 
@@ -269,6 +319,20 @@ def _company(plans: Sequence[Plan]) -> Company:
         return Company()
     tokens, tiles = [plan.tokens for plan in plans], [plan.tiles for plan in plans]
     return Company(len(plans), sum(tokens), sum(tiles), max(tokens), max(tiles))
+
+
+def _is_first(part: Segment | None, learned: Bool[np.ndarray, " length"]) -> bool:
+    """Whether no part before this one learns anything, which splitting.py would then have left out."""
+    return part is None or not learned[1 : part.start + 1].any()
+
+
+def check_sample(sample: Sample, settings: BatchSettings) -> None:
+    """Refuse what no batch may hold."""
+    sizes = (("tokens", len(sample.input_ids), settings.tokens), ("tiles", sample.num_tiles, settings.tiles))
+    for noun, value, limit in sizes:
+        if limit is not None and value > limit:
+            said = f"{value} {noun}; a batch may have {limit}; raise it or lower max_tiles"
+            raise RecordError("budget", f"{sample.source}: {said}")
 
 
 def _sentence(source: str, message: str) -> str:

@@ -9,10 +9,12 @@ import glob
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,10 @@ class DataSet:
     def __len__(self) -> int:
         """Records, each counted once."""
         return len(self.records)
+
+    def raw(self, position: int) -> bytes:
+        """The line of a JSONL file as it stands there; nothing of other files."""
+        return self.records.lines.read(position) if isinstance(self.records, JsonLines) else b""
 
     def record(self, position: int) -> Record:
         """The record at this place; of JSONL, among the lines that are not blank."""
@@ -125,8 +131,8 @@ def _number(entry: Mapping[str, Any], field: str, name: str) -> float | None:
     value = entry.get(field)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name}: `{field}` is {value!r}; give a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > sys.float_info.max:
+        raise ValueError(f"{name}: `{field}` is {brief(value)}; give a number")
     return float(value)
 
 
@@ -156,6 +162,14 @@ class Mixture:
     def __len__(self) -> int:
         """Records, each counted once."""
         return int(self.bounds[-1])
+
+    @property
+    def entries(self) -> int:
+        """Records of an epoch, each as often as it comes."""
+        sizes = np.diff(self.bounds).tolist()
+        return sum(
+            int(data.repeat) * size + round(data.repeat % 1 * size) for data, size in zip(self.sets, sizes, strict=True)
+        )
 
     def locate(self, number: int) -> tuple[int, int]:
         """Set and place in it of a record."""

@@ -58,6 +58,8 @@ class Plain:
     settings: BatchSettings
     counts: Callable[[], Int[np.ndarray, "records 2"]]
     """Tokens and tiles of every record; asked only where the settings need them."""
+    tolerant: bool = False
+    """A record that no batch can hold is planned alone, to be rejected; otherwise it is an error."""
 
     def first(self) -> Cursor:
         return {"epoch": 0, "batch": 0}
@@ -89,7 +91,8 @@ class Plain:
             groups = list(group(self.counts()[numbers[places]], settings))
             for at in rng.permutation(len(groups)).tolist() if self.mixture.shuffle else range(len(groups)):
                 chosen = places[groups[at]]
-                check_budget(self.mixture, numbers[chosen], self.counts()[numbers[chosen]], settings)
+                if not self.tolerant:
+                    check_budget(self.mixture, numbers[chosen], self.counts()[numbers[chosen]], settings)
                 yield Plan(epoch, chosen, numbers[chosen])
 
 

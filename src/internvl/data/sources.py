@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from internvl.data.lines import Lines
-from internvl.data.records import Record, parse_line, parse_record
+from internvl.data.records import Record, RecordError, parse_line, parse_record
 from internvl.data.shards import MAX_MEMBER_BYTES, PICTURE_FIELDS
 
 RECORD_FIELDS = ("json", "jsonl")
@@ -145,10 +145,11 @@ class TarRecords:
         texts = [member for member in members if member.field in RECORD_FIELDS]
         if len(texts) != 1:
             fields = ", ".join(member.field for member in members)
-            raise ValueError(f"{source}: fields {fields}; a record has one of {', '.join(RECORD_FIELDS)}")
+            raise RecordError("fields", f"{source}: fields {fields}; a record has one of {', '.join(RECORD_FIELDS)}")
         data = _json(self._read(texts[0], source), source)
         if not isinstance(data, dict):
-            raise ValueError(f"{source}: a JSON {type(data).__name__}; a record is an object with `conversations`")
+            said = f"a JSON {type(data).__name__}; a record is an object with `conversations`"
+            raise RecordError("json", f"{source}: {said}")
         pictures = [member for member in members if member.field.rpartition(".")[2] in PICTURE_FIELDS]
         if not pictures:
             return parse_record(data, self.root, source)
@@ -199,7 +200,7 @@ def _json(text: str | bytes, source: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source}: not JSON ({error}); repair or remove it") from error
+        raise RecordError("json", f"{source}: not JSON ({error}); repair or remove it") from error
 
 
 def _with_pictures(data: Mapping[str, Any], pictures: list[Any], root: str, source: str) -> Record:
@@ -208,7 +209,8 @@ def _with_pictures(data: Mapping[str, Any], pictures: list[Any], root: str, sour
     for number, picture in enumerate(pictures):
         stored = picture.get("bytes") or picture.get("path") if isinstance(picture, Mapping) else picture
         if not isinstance(stored, str | bytes):
-            raise ValueError(f"{source}: picture {number} is empty; remove the row or give bytes or a path")
+            said = f"picture {number} is empty; remove the row or give bytes or a path"
+            raise RecordError("fields", f"{source}: {said}")
         names.append(f"picture-{number}")
         contents.append(stored if isinstance(stored, bytes) else str(Path(root) / stored))
     record = parse_record({**data, "image": names}, "", source)

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from reprlib import repr as brief
 from typing import Any, Literal, NamedTuple
 
 from internvl.tokens import IMAGE_MARK, VIDEO_MARK
@@ -147,8 +148,8 @@ def turns_of(messages: Sequence[Mapping[str, Any] | Turn]) -> list[Turn]:
             turns.append(message)
             continue
         name = message.get("role", message.get("from"))
-        if name not in _ROLES:
-            raise ValueError(f"message {position}: role {name!r} is none of {', '.join(_ROLES)}")
+        if not isinstance(name, str) or name not in _ROLES:
+            raise ValueError(f"message {position}: role {brief(name)} is none of {', '.join(_ROLES)}")
         content = message.get("content", message.get("value"))
         if isinstance(content, (list, tuple)):
             text, num_images = _flatten(content, num_images, position)
@@ -162,9 +163,9 @@ def turns_of(messages: Sequence[Mapping[str, Any] | Turn]) -> list[Turn]:
     return turns
 
 
-def _flatten(parts: Sequence[Mapping[str, Any]], num_before: int, position: int) -> tuple[str, int]:
+def _flatten(parts: Sequence[Any], num_before: int, position: int) -> tuple[str, int]:
     # One picture is `<image>`, several of a message are told apart by number (official quick start, spec 3.5).
-    kinds = [part.get("type") for part in parts]
+    kinds = [part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in parts]
     several = sum(kind in _IMAGE_TYPES for kind in kinds) > 1
     text, number = "", num_before
     for part, kind in zip(parts, kinds, strict=True):
@@ -176,7 +177,9 @@ def _flatten(parts: Sequence[Mapping[str, Any]], num_before: int, position: int)
         elif kind in _TEXT_TYPES and isinstance(part.get("text"), str):
             text += part["text"]
         else:
-            raise ValueError(f"message {position}: a part of type {kind!r}; parts are text, image, image_url or video")
+            raise ValueError(
+                f"message {position}: a part of type {brief(kind)}; parts are text, image, image_url or video"
+            )
     return text, number
 
 

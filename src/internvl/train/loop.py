@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internvl.train import checkpoint, largest, log, optim, trainable
+from internvl.train import checkpoint, largest, log, lost, optim, trainable
 from internvl.train.feed import Feed, Item
 from internvl.train.process import choose_device, stop_on_signal
 from internvl.train.run import RunConfig, Stage, to_json
@@ -101,6 +101,7 @@ class Trainer:
         self.frozen = checkpoint.fingerprint(self.learner)
         self.reporter = reporter or log.Reporter(self.num_steps)
         self.metrics: log.Metrics | None = None
+        self.lost: lost.Lost | None = None
         self.meter = log.Meter()
         self.recent: list[tuple[int, str, dict[str, Tensor], Tensor]] = []
         self.last: dict[str, float] = {}
@@ -116,6 +117,7 @@ class Trainer:
     def fit(self) -> Result:
         """Steps until the end, the time limit or a signal; then save, evaluate, export."""
         self.metrics = log.Metrics(self.out / "metrics.jsonl", self.step)
+        self.lost = lost.Lost(self.out, keep=self.step > 0)
         self.reporter.table(trainable.table(self.learner))
         self.reporter.begin(self.step)
         self.learner.train_mode()
@@ -134,6 +136,8 @@ class Trainer:
         if self.step and not self.checkpoints.path(self.step).exists():
             self._log()
             self._save()
+        if "counts" in self.cursor:
+            self.reporter.say(lost.sentence(self.cursor["counts"]))
         if finished:
             self._finish()
         return Result(self.step, finished, self.last)
@@ -228,19 +232,11 @@ class Trainer:
         line |= {f"loss_{name}": value for name, value in means.items()} if len(means) > 1 else {}
         line |= {"lr": self.last["lr"], "grad_norm": float(self.recent[-1][3]), "elapsed_s": round(self.elapsed_s, 3)}
         line |= {**self.meter.read(), "memory_mb": log.memory_mb(self.device)}
-        line |= self._lost()
+        assert self.lost is not None
+        line |= self.lost.tell(*self.stage.lost(), self.cursor)
         self.recent.clear()
         self.last["loss"] = total
         self._write(line)
-
-    def _lost(self) -> dict[str, int]:
-        """Counts of what the data lost, its records named in a file; empty where nothing is lost."""
-        num_cut, skipped = self.stage.lost()
-        if len(skipped) > self.last.get("skipped", 0):
-            text = "".join(f"{source}\t{why}\n" for source, why in sorted(skipped.items()))
-            checkpoint.replace_text(self.out / "skipped.txt", text)
-            self.last["skipped"] = len(skipped)
-        return {name: count for name, count in (("skipped", len(skipped)), ("cut", num_cut)) if count}
 
     def _evaluate(self) -> bool:
         """Measure; True when this is the best so far."""

@@ -76,8 +76,9 @@ class Data:
     """Positions of one sample (official `max_seq_length`)."""
     overlong: Literal["error", "cut"] = "error"
     """A longer sample ends the run, or loses its end (the official way)."""
-    on_error: Literal["error", "skip"] = "error"
-    """A record that cannot be used ends the run, or is skipped, counted and named."""
+    on_error: Literal["error", "skip", "quarantine"] = "error"
+    """A record that cannot be used ends the run; or is left out, counted and named in `skipped.txt`; or is also
+    written to `quarantine.jsonl`, whole, with file, line and reason."""
     max_tiles: int | None = None
     """Tiles of one image before the thumbnail; the model's own number when not given."""
     weighting: Literal["token", "sample", "square"] = "square"
@@ -92,6 +93,8 @@ class Data:
     """How packed rows are filled, when `packed` and `batch_tokens` are set."""
     worst_first: bool = False
     """Run the largest micro-batch of the epoch once before training, and forget it: an out-of-memory shows at once."""
+    max_rejected: float = 0.01
+    """Largest share of records left out before the run ends: of an epoch, or of all given so far if that is more."""
 
 
 @dataclass(frozen=True)
@@ -223,8 +226,9 @@ RESUME_FREE = frozenset(
     ["out", "device", "log_every", "save_every", "eval_every", "keep", "max_minutes", "export", "data.workers"]
     + [f"data.{name}" for name in ("features", "features_folder", "held_out", "held_out_samples", "worst_first")]
     + ["distill.features", "distill.features_folder"]
+    + [f"data.{name}" for name in ("on_error", "max_rejected")]
 )
-"""Fields that may change when a run goes on: they do not change what is learned."""
+"""Fields that may change when a run goes on: they do not change what was learned, or only what stopped it."""
 
 
 class Prepared(Protocol):
@@ -313,6 +317,8 @@ def _check(run: RunConfig) -> None:
     for name, value in positive.items():
         if value is not None and value <= 0:
             raise ValueError(f"{name} is {value}; it must be above 0")
+    if not 0 <= run.data.max_rejected <= 1:
+        raise ValueError(f"data.max_rejected is {run.data.max_rejected}; it is a share of the records, 0 to 1")
     _check_parts(run)
 
 

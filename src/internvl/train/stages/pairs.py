@@ -126,7 +126,7 @@ class PairStage:
             settings = replace(settings, area=(pairs.area[0], pairs.area[1]), mask_share=pairs.mask_share)
         sets = read_sets(meta)
         if not learning and data.held_out_samples is not None:
-            share = min(1.0, data.held_out_samples / sum(len(some.lines) for some in sets))
+            share = min(1.0, data.held_out_samples / sum(len(some) for some in sets))
             sets = [replace(some, repeat=share) for some in sets]
         return PairLoader(
             sets,
@@ -136,7 +136,7 @@ class PairStage:
             shuffle=learning,
             negatives=self.forms == "all" and (pairs.negatives == "random" or not learning),
             workers=data.workers if learning else 0,
-            on_error=data.on_error if learning else "error",
+            on_error="skip" if learning and data.on_error == "skip" else "error",
             rank=collectives.rank(),
             ranks=collectives.num_ranks(),
             known=None if self.store is None else self.store.__contains__,
@@ -165,6 +165,8 @@ def _check(run: RunConfig) -> None:
         raise ValueError("tokens.learn is on; dual models have no added tokens: use --tokens.no-learn")
     if pairs.micro_batch is not None and pairs.micro_batch < 1:
         raise ValueError(f"pairs.micro_batch is {pairs.micro_batch}; it must be at least 1")
+    if data.on_error == "quarantine":
+        raise ValueError("data.on_error is 'quarantine'; stages on pairs know error, and skip, which names each record")
     if data.features == "disk":
         raise ValueError("data.features is 'disk'; stages on pairs keep features in memory, or none")
     changing = [run.vision.learn != "frozen", tuple(pairs.area) != (1.0, 1.0), pairs.mask_share > 0, data.workers > 0]

@@ -238,4 +238,6 @@ def open_loader(run: RunConfig, tokenizer: Any, config: ChatConfig, path: str, l
         shuffle=learning,
         workers=data.workers,
         on_error=data.on_error if learning else "error",
+        max_rejected=data.max_rejected,
+        quarantine=Path(run.out) / "quarantine.jsonl" if learning and data.on_error == "quarantine" else None,
     )
