@@ -132,3 +132,14 @@ def test_starting_loads_no_heavy_module(code: str) -> None:
     check = f"import sys; {code}; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    """`internvl train --list | head -1` says nothing on its own."""
+    command = [sys.executable, "-m", "internvl.cli", "train", "--list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == 141

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
@@ -48,6 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(verb: str, arguments: list[str]) -> int:
     try:
         code: int = import_module(f"internvl.commands.{verb}").main(arguments)
+    except BrokenPipeError:  # whoever reads, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError) as error:  # what the user gave: one line, no traceback
         sys.stderr.write(f"internvl {verb}: {error}\n")
         return 1
