@@ -60,11 +60,10 @@ class Meter:
         self.counts: dict[str, int] = {}
         self.waited_s, self.began_s = 0.0, time.perf_counter()
 
-    def add(self, window: Sequence[Mapping[str, int]], waited_s: float) -> None:
-        """Counts of the micro-batches of a step, and the seconds that it waited for them."""
-        for sizes in window:
-            for name, count in sizes.items():
-                self.counts[name] = self.counts.get(name, 0) + count
+    def add(self, sizes: Mapping[str, int], waited_s: float) -> None:
+        """Counts of a micro-batch, and the seconds that the step waited for it."""
+        for name, count in sizes.items():
+            self.counts[name] = self.counts.get(name, 0) + count
         self.waited_s += waited_s
 
     def read(self) -> dict[str, float]:

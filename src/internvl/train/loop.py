@@ -189,7 +189,8 @@ class Trainer:
         self.ema.update()
         self.step += 1
         self.cursor = window[-1].cursor
-        self.meter.add([item.sizes for item in window], waited)
+        for item in window:
+            self.meter.add(item.sizes, waited / len(window))
 
     def _backward(self, item: Item, weights: Mapping[str, float], losses: dict[str, Tensor]) -> None:
         batch = item.batch.to(self.device, non_blocking=True)
