@@ -62,6 +62,10 @@ class Records:
             self.position += self.batch
             yield collate(indices)
 
+    def dealt(self, rank: int, num_ranks: int) -> Iterator[ChatBatch | None]:
+        for place, batch in enumerate(self):
+            yield batch if place % num_ranks == rank else None
+
     def __len__(self) -> int:
         return -(-self.num_records // self.batch)
 

@@ -58,8 +58,11 @@ class ChatModel(nn.Module):
             visual = self.encode_tiles(real) if len(real) else None
         places = self._image_places(input_ids, visual, num_image_tokens)
         embeds = self.language.embed(input_ids)
-        if visual is None or places is None:
+        if visual is None:
             return embeds
+        if places is None:
+            # nothing to place; the empty slice keeps the vision part in the graph, with gradients of exactly zero
+            return torch.cat([embeds.flatten(0, 1), visual.flatten(0, 1).to(embeds.dtype)]).view_as(embeds)
         # A row lookup: no copy back to the host, unlike boolean indexing.
         source = (places.flatten().cumsum(0) - 1).clamp(min=0).view_as(input_ids)
         tokens = F.embedding(source, visual.flatten(0, 1).to(embeds.dtype))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def num_ranks() -> int:
@@ -15,6 +18,37 @@ def num_ranks() -> int:
 
 def rank() -> int:
     return dist.get_rank() if num_ranks() > 1 else 0
+
+
+def is_lead() -> bool:
+    """True on the one rank that writes and speaks for all."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    total_on_host([0.0])
+
+
+def total_on_host(values: Sequence[float]) -> list[float]:
+    """Sums over ranks of a few numbers, the same ones on every rank; by gloo, so that no device waits."""
+    if num_ranks() == 1:
+        return list(values)
+    summed = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(summed)
+    return summed.tolist()
+
+
+def deal_once(batches: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """This rank's share of a finite stream, as many for every rank; with False comes a filler that does not count."""
+    group: list[T] = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == num_ranks():
+            yield group[rank()], True
+            group = []
+    if group:
+        yield (group[rank()], True) if rank() < len(group) else (group[0], False)
 
 
 def gather(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Checkpoints that a run goes on from, bit for bit: written whole or not at all, pruned. Trained models: export.py.
 
-A checkpoint is a folder `step-00000100` of safetensors and JSON: what learns, the optimiser's state, every generator,
-the data cursor. `latest` names the newest whole one. A kill at any moment leaves the one before in place.
+A checkpoint is a folder `step-00000100` of safetensors (`tensors.py`) and JSON: what learns, the optimiser's state,
+the generators of every rank, the data cursor. `latest` names the newest whole one. A kill at any moment leaves the one
+before in place. One process or many write it, and any number goes on from it.
 """
 
 from __future__ import annotations
@@ -9,18 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from internvl.parallel import collectives
+from internvl.train import generators, tensors
 from internvl.train.run import RunConfig, differences, read_run
 from internvl.train.trainable import Learner
 
@@ -40,45 +42,94 @@ class State:
     """Fingerprint of what does not learn, so that a changed base model is noticed."""
 
 
+@dataclass(frozen=True)
+class _Open:
+    """A checkpoint that is being written."""
+
+    partial: Path
+    path: Path
+    state: State
+    written: Future[Any]
+
+
 class Checkpoints:
-    """The `checkpoints/` folder of one run."""
+    """The `checkpoints/` folder of one run; on several ranks every method is called by all of them."""
 
     def __init__(self, out: Path, keep: int) -> None:
         self.folder, self.keep = out / "checkpoints", keep
-
-    def latest(self) -> Path | None:
-        pointer = self.folder / "latest"
-        if not pointer.is_file():
-            return None
-        path = self.folder / pointer.read_text(encoding="utf-8").strip()
-        if not (path / "state.json").is_file():
-            raise ValueError(f"{pointer} names {path.name}, which is not there; write the name of another step into it")
-        return path
+        self._writer = tensors.Writer()
+        self._open: _Open | None = None
 
     def path(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}"
+        return self.folder / folder_name(step)
 
-    def save(self, learner: Learner, optimizer: torch.optim.Optimizer, state: State) -> Path:
-        """Write everything under a temporary name, make it durable, rename, then move the pointer."""
+    def save(
+        self,
+        learner: Learner,
+        optimizer: torch.optim.Optimizer,
+        state: State,
+        ema: Mapping[str, Tensor] | None = None,
+        behind: bool = False,
+    ) -> Path:
+        """Write everything under a temporary name, make it durable, rename, then move the pointer.
+
+        `behind`: tensors are copied now and written beside what follows; `settle` gives the name.
+        """
+        self.settle()
         path = self.path(state.step)
         partial = path.with_name(f".{path.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(_learned(learner), partial / "learned.safetensors")
-        save_file(_optimizer_tensors(optimizer), partial / "optimizer.safetensors")
-        tensors, generators = _generators()
-        save_file(tensors, partial / "generators.safetensors")
-        _write_json(partial / "state.json", {"format": FORMAT, **vars(state), "generators": generators})
-        for file in partial.iterdir():
-            _sync(file)
-        _sync(partial)
-        if path.exists():
-            shutil.rmtree(path)
-        partial.rename(path)
-        _sync(self.folder)
-        replace_text(self.folder / "latest", path.name + "\n")
-        self._prune(state)
+        if collectives.is_lead():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        collectives.barrier()
+        kinds: dict[str, Mapping[str, Tensor]] = {
+            "learned": learner.parameters,
+            "optimizer": _optimizer_tensors(optimizer),
+        }
+        kinds |= {"ema": ema} if ema else {}
+        held, plain = generators.state()
+        save_file(held, partial / f"generators{_of_rank()}.safetensors")
+        if collectives.is_lead():
+            _write_json(partial / "state.json", {"format": FORMAT, **vars(state), "generators": plain})
+        else:
+            _write_json(partial / f"generators{_of_rank()}.json", plain)
+        self._open = _Open(partial, path, state, self._writer.write(partial, kinds, behind))
+        if not behind:
+            self.settle()
         return path
+
+    def poll(self) -> None:
+        """Give what was written behind its name, once every rank has written its share."""
+        if self._open is None:
+            return
+        unfinished = collectives.total_on_host([float(not self._open.written.done())])[0]
+        if not unfinished:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for what is being written, then give it its name."""
+        if self._open is None:
+            return
+        saved, self._open = self._open, None
+        saved.written.result()
+        collectives.barrier()
+        if collectives.is_lead():
+            self._name(saved)
+        collectives.barrier()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _name(self, saved: _Open) -> None:
+        for file in saved.partial.rglob("*"):
+            _sync(file)
+        _sync(saved.partial)
+        if saved.path.exists():
+            shutil.rmtree(saved.path)
+        saved.partial.rename(saved.path)
+        _sync(self.folder)
+        replace_text(self.folder / "latest", saved.path.name + "\n")
+        self._prune(saved.state)
 
     def _prune(self, state: State) -> None:
         for leftover in self.folder.glob(".step-*.partial"):
@@ -90,10 +141,25 @@ class Checkpoints:
                 shutil.rmtree(path)
 
 
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def latest(out: Path) -> Path | None:
+    """The newest whole checkpoint of the run in `out`."""
+    pointer = out / "checkpoints" / "latest"
+    if not pointer.is_file():
+        return None
+    path = pointer.parent / pointer.read_text(encoding="utf-8").strip()
+    if not (path / "state.json").is_file():
+        raise ValueError(f"{pointer} names {path.name}, which is not there; write the name of another step into it")
+    return path
+
+
 def check_folder(run: RunConfig, resume: bool | None = None) -> Path | None:
     """The checkpoint that this run goes on from; ValueError where the folder holds another run."""
     out = Path(run.out)
-    found = Checkpoints(out, run.keep).latest()
+    found = latest(out)
     if found is None:
         if resume:
             raise ValueError(f"{out} holds no checkpoint; leave --resume out to begin there")
@@ -105,33 +171,47 @@ def check_folder(run: RunConfig, resume: bool | None = None) -> Path | None:
     return found
 
 
-def restore(path: Path, learner: Learner, optimizer: torch.optim.Optimizer) -> State:
-    """Put a checkpoint back into the learner, the optimiser and every generator."""
+def read_state(path: Path, frozen: str) -> tuple[State, dict[str, Any]]:
+    """Where a checkpoint stands, and its generators; `frozen` is the fingerprint of what does not learn here."""
     saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if saved.pop("format") != FORMAT:
         raise ValueError(f"{path} was written in another format; resume it with the version that wrote it")
-    generators = saved.pop("generators")
+    plain = saved.pop("generators")
     state = State(**saved)
-    if state.frozen != fingerprint(learner):
+    if state.frozen != frozen:
         raise ValueError(
             f"the frozen weights differ from those {path} was trained on; give the same --model, or another --out"
         )
+    return state, plain
+
+
+def restore(
+    path: Path, learner: Learner, optimizer: torch.optim.Optimizer, frozen: str, ema: Mapping[str, Tensor]
+) -> State:
+    """Put a checkpoint of any number of ranks back into the learner, the optimiser, the average and every generator.
+
+    A rank that the checkpoint knows nothing of keeps its seed.
+    """
+    state, plain = read_state(path, frozen)
     load_learned(path, learner)
-    _restore_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
-    _restore_generators(load_file(path / "generators.safetensors"), generators)
+    if ema:
+        tensors.read(path, "ema", ema)
+    _restore_optimizer(optimizer, path)
+    held = path / f"generators{_of_rank()}.safetensors"
+    if held.is_file():
+        own = held.with_suffix(".json")
+        generators.restore(load_file(held), json.loads(own.read_text(encoding="utf-8")) if own.is_file() else plain)
     return state
 
 
-def load_learned(path: Path, learner: Learner) -> None:
-    """Only what learns, from a checkpoint; every name must be on both sides."""
-    tensors = load_file(path / "learned.safetensors")
-    if unlike := set(tensors) ^ set(learner.parameters):
+def load_learned(path: Path, learner: Learner, kind: Literal["learned", "ema"] = "learned") -> None:
+    """Only what learns, or its moving average, from a checkpoint; every name must be on both sides."""
+    if unlike := tensors.names(path, kind) ^ set(learner.parameters):
         raise ValueError(
             f"{path} and this run learn different parameters, such as {min(unlike)}; use the same run.json"
         )
     with torch.no_grad():
-        for name, parameter in learner.parameters.items():
-            parameter.copy_(tensors[name])
+        tensors.read(path, kind, learner.parameters)
 
 
 def fingerprint(learner: Learner) -> str:
@@ -166,46 +246,31 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _learned(learner: Learner) -> dict[str, Tensor]:
-    return {name: p.detach().cpu().contiguous() for name, p in learner.parameters.items()}
+def _of_rank() -> str:
+    """What the files of a rank are called: the first rank's as those of a single process."""
+    return "" if collectives.is_lead() else f"-{collectives.rank()}"
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     names = [name for group in optimizer.param_groups for name in group["names"]]
     state = optimizer.state_dict()["state"]
-    return {
-        f"{name}/{key}": value.detach().cpu().contiguous()
-        for index, name in enumerate(names)
-        for key, value in state.get(index, {}).items()
-    }
+    return {f"{name}/{key}": value for index, name in enumerate(names) for key, value in state.get(index, {}).items()}
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    names = [name for group in optimizer.param_groups for name in group["names"]]
-    index = {name: i for i, name in enumerate(names)}
+def _restore_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Moments are shaped and sharded as the parameter they belong to; `step` is a number."""
+    index: dict[str, int] = {}
+    parameters: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            index[name], parameters[name] = len(index), parameter.detach()
+    found: dict[str, Tensor] = {}
+    for key in tensors.names(path, "optimizer"):
+        name, field = key.rsplit("/", 1)
+        found[key] = torch.zeros(()) if field == "step" else torch.zeros_like(parameters[name])
+    tensors.read(path, "optimizer", found)
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
+    for key, value in found.items():
         name, field = key.rsplit("/", 1)
         state.setdefault(index[name], {})[field] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64))}
-    if torch.cuda.is_initialized():
-        tensors |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    plain = {"python": [version, list(words), gauss], "numpy": [kind, position, has_gauss, cached]}
-    return tensors, plain
-
-
-def _restore_generators(tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    version, words, gauss = plain["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, position, has_gauss, cached = plain["numpy"]
-    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(tensors["torch"])
-    devices = [tensors[key] for key in sorted(tensors) if key.startswith("cuda")]
-    if devices and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(devices[: torch.cuda.device_count()])

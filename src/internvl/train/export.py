@@ -1,8 +1,12 @@
-"""What a run leaves: the trained parts apart, and the whole model with everything merged. Formats are load.py's."""
+"""What a run leaves: the trained parts apart, and the whole model with everything merged. Formats are load.py's.
+
+Which weights those are: the latest, the best, a moving average, or the mean of several checkpoints.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from internvl.load import save_checkpoint
-from internvl.train.run import PARTS
+from internvl.parallel.shard import local
+from internvl.train import checkpoint
+from internvl.train.run import PARTS, RunConfig
 from internvl.train.trainable import Learner
 
 if TYPE_CHECKING:
@@ -57,6 +63,52 @@ def merge_exactly(model: Adaptable) -> None:
     torch.set_float32_matmul_precision("highest")  # merging compares outputs, which TF32 would blur
     adapters.merge(model)
     torch.set_float32_matmul_precision(precision)
+
+
+def move_folders(source: Path, target: Path) -> None:
+    """Every folder below `source` takes the place of its namesake in `target`."""
+    for path in source.iterdir():
+        shutil.rmtree(target / path.name, ignore_errors=True)
+        path.rename(target / path.name)
+    source.rmdir()
+
+
+def newest(out: Path, count: int) -> list[Path]:
+    """The latest `count` whole checkpoints, oldest first."""
+    found = sorted((out / "checkpoints").glob("step-*"))
+    if len(found) < count:
+        raise ValueError(
+            f"{out} holds {len(found)} checkpoints, {count} are to be averaged; give a smaller --average, or train "
+            f"with --keep {count}"
+        )
+    return found[-count:]
+
+
+def load_wanted(run: RunConfig, learner: Learner, frozen: str, average: int = 1) -> checkpoint.State:
+    """The weights that `run.export` asks for, or the mean of the latest `average` checkpoints."""
+    out = Path(run.out)
+    found = checkpoint.latest(out)
+    assert found is not None
+    state, _ = checkpoint.read_state(found, frozen)
+    if average > 1:
+        load_mean(newest(out, average), learner)
+    elif run.export == "best" and state.best:
+        checkpoint.load_learned(found.with_name(checkpoint.folder_name(int(state.best["step"]))), learner)
+    else:
+        checkpoint.load_learned(found, learner, "ema" if run.export == "ema" else "learned")
+    return state
+
+
+def load_mean(paths: Sequence[Path], learner: Learner) -> None:
+    """The mean of what learned in several checkpoints, in float64 (weight averaging along a run)."""
+    sums = {name: torch.zeros_like(local(p), dtype=torch.float64) for name, p in learner.parameters.items()}
+    for path in paths:
+        checkpoint.load_learned(path, learner)
+        for name, parameter in learner.parameters.items():
+            sums[name] += local(parameter.detach())
+    with torch.no_grad():
+        for name, parameter in learner.parameters.items():
+            local(parameter).copy_(sums[name] / len(paths))
 
 
 def _adapted(learner: Learner) -> list[str]:

@@ -1,4 +1,4 @@
-"""Micro-batches made ahead of the step that needs them. What a batch is, is the stage's business."""
+"""Micro-batches made ahead of the step that needs them, dealt to ranks. What a batch is, is the stage's business."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from internvl.parallel import collectives
 from internvl.train.run import Prepared, Stage
 
 
 @dataclass(frozen=True)
 class Item:
-    """One prepared micro-batch, and the cursor of the data after it."""
+    """One prepared micro-batch, and the cursor of the data after it and those that the other ranks took with it."""
 
     batch: Prepared
     weights: Mapping[str, float]
@@ -30,6 +31,8 @@ class Feed:
     def __init__(self, stage: Stage, device: torch.device) -> None:
         self._stage, self._pin = stage, device.type == "cuda"
         self._batches = stage.batches()
+        shared = collectives.num_ranks() > 1 and not stage.joint
+        self._turn, self._turns = (collectives.rank(), collectives.num_ranks()) if shared else (0, 1)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
         self._ahead: deque[Future[Item]] = deque()
 
@@ -47,7 +50,8 @@ class Feed:
         return item
 
     def _item(self) -> Item:
-        batch = next(self._batches)
+        batch = [next(self._batches) for _ in range(self._turns)][self._turn]
+        assert batch is not None, "a stage left out a batch of this rank"
         cursor = self._stage.cursor()
         prepared = self._stage.prepare(batch)
         return Item(

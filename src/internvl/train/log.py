@@ -14,25 +14,40 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from internvl.parallel import collectives
+from internvl.train.track import Tracker
+
 Number = float | int | str
 
 
 class Metrics:
-    """`metrics.jsonl`: one line a logged step or evaluation."""
+    """`metrics.jsonl`: one line a logged step or evaluation; trackers are told too. `samples.jsonl` beside it."""
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, trackers: Sequence[Tracker] = ()) -> None:
         """Continue after `step`: lines that a killed run wrote beyond it go."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._samples, self._trackers = path.with_name("samples.jsonl"), trackers
+        for file in (path, *([self._samples] if self._samples.is_file() else [])):
+            kept = [line for line in read_metrics(file) if line["step"] <= step]
+            file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        for tracker in self._trackers:
+            tracker.write(line)
+
+    def write_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """What the model answered at an evaluation."""
+        if samples:
+            with self._samples.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": step, **x}, ensure_ascii=False) + "\n" for x in samples)
 
     def close(self) -> None:
         self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 class Meter:
@@ -46,15 +61,19 @@ class Meter:
         self.waited_s, self.began_s = 0.0, time.perf_counter()
 
     def add(self, sizes: Mapping[str, int], waited_s: float) -> None:
+        """Counts of a micro-batch, and the seconds that the step waited for it."""
         for name, count in sizes.items():
             self.counts[name] = self.counts.get(name, 0) + count
         self.waited_s += waited_s
 
     def read(self) -> dict[str, float]:
-        """Rates since the last reading, which begins anew."""
+        """Rates over all ranks since the last reading, which begins anew."""
         seconds = max(1e-9, time.perf_counter() - self.began_s)
-        line = {f"{name}_per_s": round(self.counts[name] / seconds, 3) for name in ("samples", "tokens", "tiles")}
-        line["learned_share"] = round(self.counts["learned"] / max(1, self.counts["tokens"]), 5)
+        kinds = ("samples", "tokens", "tiles", "learned")
+        summed = collectives.total_on_host([float(self.counts[name]) for name in kinds])
+        counts = dict(zip(kinds, summed, strict=True))
+        line = {f"{name}_per_s": round(counts[name] / seconds, 3) for name in kinds[:3]}
+        line["learned_share"] = round(counts["learned"] / max(1.0, counts["tokens"]), 5)
         line["data_wait_share"] = round(self.waited_s / seconds, 4)
         line |= packing(self.counts)
         self._clear()
@@ -86,6 +105,11 @@ def memory_mb(device: torch.device) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def silent() -> Console:
+    """Where ranks speak that are not the first."""
+    return Console(stderr=True, quiet=True, force_terminal=False)
 
 
 class Reporter:

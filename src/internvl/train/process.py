@@ -9,13 +9,17 @@ from contextlib import contextmanager
 
 import torch
 
+from internvl.parallel.launch import place
+
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is cuda where there is one."""
+    """`auto` is cuda where there is one; among several ranks each takes its own."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device is {name!r} but torch sees no CUDA device; use --device cpu")
+    if name == "cuda" and place().num_ranks > 1:
+        return torch.device("cuda", place().local_rank)
     return torch.device(name)
 
 

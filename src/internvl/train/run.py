@@ -41,6 +41,8 @@ class Part:
     drop_path: float | None = None
     """Stochastic depth of the last block of the vision part, rising from 0 (official `drop_path_rate`); None: the
     model's own."""
+    layer_decay: float = 1.0
+    """Factor on the rate from each block to the one before it; the embeddings come before the first block (BEiT)."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,36 @@ class Distill:
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """How the model lies on several ranks (docs/ranks.md); one rank needs none of it."""
+
+    replicas: int = 1
+    """Copies of the model, each in shards over ranks / replicas ranks; as many as there are ranks: no sharding."""
+    reshard: bool = True
+    """Free the gathered weights of a block after its forward pass: less memory, one more gathering."""
+    offload: bool = False
+    """Shards and optimiser state on the host, where GPUs are too small."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What a run keeps and tells beside what it learns."""
+
+    ema: float = 0.0
+    """Decay of a moving average of the weights, such as 0.999; 0 keeps none. `--export ema` exports it."""
+    step_limit_s: float = 1800.0
+    """A step that takes longer ends every rank, each naming its last samples and its stack; 0 waits for ever."""
+    save_behind: bool = False
+    """Write checkpoints beside training; costs a copy of what is written."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where the lines of metrics.jsonl go too."""
+    samples: int = 0
+    """Held-out records answered at every evaluation, into samples.jsonl."""
+    sample_tokens: int = 48
+    """Most tokens of such an answer."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run of a stage, fully set."""
 
@@ -191,7 +223,8 @@ class RunConfig:
     optimiser: Optimiser = Optimiser()
     schedule: Schedule = Schedule()
     accumulate: int = 1
-    """Micro-batches in one step; the loss is weighted over all of them, so k x b equals one batch of k*b."""
+    """Micro-batches in one step, shared by all ranks; the loss is weighted over all of them, so k x b equals one
+    batch of k*b."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast; what learns is kept in fp32, what is frozen in bf16."""
     grad_checkpoint: bool = False
@@ -210,10 +243,12 @@ class RunConfig:
     """Latest checkpoints kept, beside the best one."""
     max_minutes: float | None = None
     """Stop cleanly, saved, after this time."""
-    export: Literal["last", "best", "none"] = "last"
+    export: Literal["last", "best", "ema", "none"] = "last"
     """Which weights become the trained model in `out/model`."""
     pairs: Pairs = Pairs()
     distill: Distill = Distill()
+    ranks: Ranks = Ranks()
+    watch: Watch = Watch()
 
     def __post_init__(self) -> None:
         _check(self)
@@ -227,6 +262,8 @@ RESUME_FREE = frozenset(
     + [f"data.{name}" for name in ("features", "features_folder", "held_out", "held_out_samples", "worst_first")]
     + ["distill.features", "distill.features_folder"]
     + [f"data.{name}" for name in ("on_error", "max_rejected")]
+    + [f"ranks.{f.name}" for f in fields(Ranks)]
+    + [f"watch.{f.name}" for f in fields(Watch) if f.name != "ema"]
 )
 """Fields that may change when a run goes on: they do not change what was learned, or only what stopped it."""
 
@@ -244,12 +281,17 @@ class Stage(Protocol):
 
     coefficients: Mapping[str, float]
     """Loss name -> its factor in the total."""
+    joint: bool
+    """A micro-batch is one over all ranks, of which `batches` gives this rank's rows; else each is one rank's alone."""
 
     def begin(self, run: RunConfig, device: torch.device) -> Learner:
-        """The model on the device, with what learns chosen."""
+        """The model on the device, with what learns chosen; on several ranks the host, from where it is sharded."""
 
     def batches(self) -> Generator[Any, None, None]:
-        """Endless micro-batches on the host, from the cursor on; closing it ends the worker processes."""
+        """Endless micro-batches on the host, from the cursor on; closing it ends the worker processes.
+
+        Unless `joint`, the same order on every rank: `feed.py` deals, and None may stand for another rank's batch.
+        """
 
     def cursor(self) -> dict[str, Any]:
         """Plain JSON: where the data stands after the batch that was yielded last."""
@@ -265,7 +307,10 @@ class Stage(Protocol):
         """Loss name -> sum of weights of this batch, known before the model runs."""
 
     def losses(self, prepared: Any) -> Mapping[str, Float[Tensor, ""]]:
-        """Loss name -> weighted sum over a batch; the loop divides by the weights of the whole window."""
+        """Loss name -> weighted sum over a batch; the loop divides by the weights of the whole window of all ranks.
+
+        On several ranks every part runs and stays in the graph, whatever the batch holds.
+        """
 
     def sizes(self, batch: Any) -> Mapping[str, int]:
         """Counts of a batch: samples, tokens, learned, tiles."""
@@ -313,27 +358,41 @@ def _check(run: RunConfig) -> None:
         "schedule.epochs": schedule.epochs,
         "max_minutes": run.max_minutes,
         "optimiser.peak_lr": run.optimiser.peak_lr,
+        "ranks.replicas": run.ranks.replicas,
+        "watch.sample_tokens": run.watch.sample_tokens,
     }
     for name, value in positive.items():
         if value is not None and value <= 0:
             raise ValueError(f"{name} is {value}; it must be above 0")
     if not 0 <= run.data.max_rejected <= 1:
         raise ValueError(f"data.max_rejected is {run.data.max_rejected}; it is a share of the records, 0 to 1")
-    _check_parts(run)
-
-
-def _check_parts(run: RunConfig) -> None:
+    if not 0 <= run.data.max_rejected <= 1:
+        raise ValueError(f"data.max_rejected is {run.data.max_rejected}; it is a share of the records, 0 to 1")
+    _check_watch(run)
     for name in PARTS:
-        part = run.part(name)
-        if part.layers_from and (part.learn != "full" or name == "connector"):
-            raise ValueError(
-                f"{name}.layers_from is {part.layers_from} but {name}.learn is {part.learn!r}; it chooses among the "
-                "blocks of a vision or language part that is full"
-            )
-    if run.connector.drop_path is not None or run.language.drop_path is not None:
-        raise ValueError("drop_path is given for connector or language; only the vision part drops paths")
+        _check_part(run, name)
     if run.connector.learn == "lora":
         raise ValueError("connector.learn is 'lora'; the connector is small: use full or frozen")
+
+
+def _check_watch(run: RunConfig) -> None:
+    if not 0 <= run.watch.ema < 1:
+        raise ValueError(f"watch.ema is {run.watch.ema}; a decay lies in [0, 1): 0 for none, or such as 0.999")
+    if run.export == "ema" and not run.watch.ema:
+        raise ValueError("export is 'ema' but watch.ema is 0; set --watch.ema 0.999, or export the last or the best")
+
+
+def _check_part(run: RunConfig, name: str) -> None:
+    part = run.part(name)
+    if name != "vision" and part.drop_path is not None:
+        raise ValueError("drop_path is given for connector or language; only the vision part drops paths")
+    if not 0 < part.layer_decay <= 1:
+        raise ValueError(f"{name}.layer_decay is {part.layer_decay}; it lies in (0, 1]: 1 for none, or such as 0.9")
+    if part.layers_from and (part.learn != "full" or name == "connector"):
+        raise ValueError(
+            f"{name}.layers_from is {part.layers_from} but {name}.learn is {part.learn!r}; it chooses among the "
+            "blocks of a vision or language part that is full"
+        )
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------

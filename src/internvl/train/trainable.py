@@ -116,15 +116,18 @@ def choose(model: ChatModel, run: RunConfig, token_ids: Sequence[int] = ()) -> L
 
 
 def groups(learner: Learner) -> list[dict[str, Any]]:
-    """Parameter groups by part and decay, each with its `part`, `lr_scale`, `weight_decay` and parameter `names`."""
+    """Parameter groups by part, rate and decay: `part`, `lr_scale`, `weight_decay` and parameter `names` of each."""
     run = learner.run
-    found: dict[tuple[str, bool], dict[str, Any]] = {}
+    depths = {name: _depth(learner, name) for name in PARTS if run.part(name).layer_decay < 1}
+    found: dict[tuple[str, bool, float], dict[str, Any]] = {}
     for name, parameter in learner.parameters.items():
         part = learner.part_of(name)
         scale = _lr_scale(run, part)
-        decays = part != ROWS and parameter.squeeze().ndim > 1
+        if part in depths:
+            scale *= run.part(part).layer_decay ** (depths[part] + 1 - layer_number(name, depths[part]))
+        decays = part != ROWS and sum(size > 1 for size in parameter.shape) > 1
         group = found.setdefault(
-            (part, decays),
+            (part, decays, scale),
             {
                 "part": part,
                 "lr_scale": scale,
@@ -136,6 +139,19 @@ def groups(learner: Learner) -> list[dict[str, Any]]:
         group["params"].append(parameter)
         group["names"].append(name)
     return list(found.values())
+
+
+def layer_number(name: str, depth: int) -> int:
+    """0 for embeddings, 1 to depth for the blocks, depth + 1 for what follows them (BEiT's layer-wise decay)."""
+    words = name.split(".")
+    if "layers" in words:
+        return int(words[words.index("layers") + 1]) + 1
+    return 0 if any("embed" in word for word in words) else depth + 1
+
+
+def _depth(learner: Learner, part: str) -> int:
+    mine = (name.split(".") for name, _ in learner.model.named_parameters() if learner.part_of(name) == part)
+    return max((int(words[words.index("layers") + 1]) + 1 for words in mine if "layers" in words), default=0)
 
 
 def table(learner: Learner) -> list[tuple[str, str, int, int]]:

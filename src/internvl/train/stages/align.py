@@ -120,6 +120,7 @@ class Align:
     """Contrast of connector outputs with word embeddings; along fixed directions they say where the box is."""
 
     coefficients: Mapping[str, float] = {NAMES: 1.0, NEAR: 0.5, NORM: 0.1, PLACES: 0.2}
+    joint = False
 
     def __init__(self, run: RunConfig, model: ChatModel, tokenizer: Any, sets: Sequence[DataSet]) -> None:
         self.run, self.model, self.tokenizer, self.sets = run, model, tokenizer, sets

@@ -92,6 +92,7 @@ class DistillStage:
 
     def __init__(self, run: RunConfig, model: ChatModel, tokenizer: Any, teacher: Teacher) -> None:
         relation = run.distill.relation
+        self.joint = False
         self.coefficients: Mapping[str, float] = {LOSS: 1.0} | ({RELATION: relation} if relation else {})
         self.run, self.model, self.tokenizer, self.teacher = run, model, tokenizer, teacher
         self.settings: Distill = run.distill

@@ -34,6 +34,7 @@ class PairStage:
     """A stage over pairs; a subclass says what learns, which forms of a text it needs, and its losses."""
 
     coefficients: Mapping[str, float]
+    joint = True
     forms: Forms
 
     def __init__(self, run: RunConfig, loaded: LoadedDual) -> None:

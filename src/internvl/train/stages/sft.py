@@ -5,7 +5,7 @@ What learns is trainable.py's, batches are data's; logits exist only where the n
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from internvl.data.loader import Loader
 from internvl.data.mixture import read_sets
 from internvl.load import load_checkpoint
 from internvl.models.chat import ChatModel
+from internvl.parallel import collectives
 from internvl.tokens import SPECIAL_TOKENS, token_id
 from internvl.train import cost, features, losses, trainable
 from internvl.train.export import export_model, export_parts
@@ -62,6 +63,7 @@ class Sft:
     """Supervised next-token training of a chat model."""
 
     coefficients: Mapping[str, float] = {LOSS: 1.0}
+    joint = False
 
     def __init__(
         self, run: RunConfig, model: ChatModel, tokenizer: Any, loader: Loader, held_out: Loader | None
@@ -83,8 +85,9 @@ class Sft:
         self.store = features.open_store(run, self.model.config, self.model.vision, self._features, device)
         return learner
 
-    def batches(self) -> Generator[ChatBatch, None, None]:
-        yield from self.loader
+    def batches(self) -> Generator[ChatBatch | None, None, None]:
+        several = collectives.num_ranks() > 1
+        yield from self.loader.dealt(collectives.rank(), collectives.num_ranks()) if several else self.loader
 
     def cursor(self) -> dict[str, Any]:
         return self.loader.state_dict()
@@ -115,18 +118,7 @@ class Sft:
         return {LOSS: float(losses.shift(batch.labels, batch.loss_weights)[2].double().sum())}
 
     def losses(self, prepared: Prepared) -> dict[str, Float[Tensor, ""]]:
-        batch = prepared.batch
-        hidden = self.model.hidden(
-            batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            segments=batch.segments,
-            visual=self._visual(prepared) if batch.num_tiles else None,
-            num_image_tokens=prepared.num_image_tokens,
-        )
-        learned = hidden.flatten(0, 1).index_select(0, prepared.positions)
-        head = self.model.language.output
-        return {LOSS: losses.chunked_sum(learned, head, prepared.targets, prepared.weights, HEAD_CHUNK)}
+        return {LOSS: self._summed(self._learned(prepared), prepared.targets, prepared.weights)}
 
     def sizes(self, batch: ChatBatch) -> dict[str, int]:
         seen = batch.input_ids.numel() if batch.attention_mask is None else int(batch.attention_mask.sum())
@@ -151,34 +143,95 @@ class Sft:
         return self.loader.num_cut, self.loader.skipped
 
     def evaluate(self, device: torch.device) -> dict[str, float]:
-        """Mean loss over the held-out records, weighted as in training."""
+        """Mean loss over the held-out records, weighted as in training; and over each set, where there are several."""
         if self.held_out is None:
             return {}
-        total, weight = torch.zeros((), dtype=torch.float64, device=device), 0.0
-        for batch in self.held_out.once():
-            weight += self.weights(batch)[LOSS]
-            total += self.losses(self.prepare(batch).to(device))[LOSS].double()
-        return {"held_out_loss": float(total) / weight}
+        known: set[str] = set()
+        totals: dict[str, Tensor] = {}
+        weights: dict[str, float] = {}
+        for batch, counts in collectives.deal_once(_noting(self.held_out.once(), known)):
+            prepared = self.prepare(batch)
+            sets = by_set(batch, prepared.positions)
+            moved = prepared.to(device)
+            hidden = self._learned(moved)
+            for name, places in sets.items() if counts else ():
+                at = places.to(device)
+                loss = self._summed(hidden[at], moved.targets[at], moved.weights[at]).double()
+                totals[name] = totals.get(name, 0.0) + loss
+                weights[name] = weights.get(name, 0.0) + float(prepared.weights[places].double().sum())
+        names = sorted(known)
+        sums = [float(totals.get(name, 0.0)) for name in names] + [weights.get(name, 0.0) for name in names]
+        summed = collectives.total_on_host(sums)
+        losses_of, weights_of = summed[: len(names)], summed[len(names) :]
+        line = {"held_out_loss": sum(losses_of) / sum(weights_of)}
+        if len(names) > 1:
+            pairs = zip(names, losses_of, weights_of, strict=True)
+            line |= {f"held_out_loss/{name}": loss / weight for name, loss, weight in pairs if weight}
+        return line
 
     def export(self, learner: trainable.Learner, out: Path) -> None:
         dtype = torch.bfloat16 if self.run.precision == "bf16" else torch.float32
         export_parts(learner, out / "parts", dtype)
         export_model(learner, self.tokenizer, out / "model", dtype)
 
+    def _learned(self, prepared: Prepared) -> Float[Tensor, "learned width"]:
+        """Hidden states of the positions whose next label is learned."""
+        batch = prepared.batch
+        hidden = self.model.hidden(
+            batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            segments=batch.segments,
+            visual=self._visual(prepared) if batch.num_tiles or collectives.num_ranks() > 1 else None,
+            num_image_tokens=prepared.num_image_tokens,
+        )
+        return hidden.flatten(0, 1).index_select(0, prepared.positions)
+
+    def _summed(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Float[Tensor, ""]:
+        return losses.chunked_sum(hidden, self.model.language.output, targets, weights, HEAD_CHUNK)
+
     def _visual(self, prepared: Prepared) -> Float[Tensor, "tiles tokens width"]:
-        tiles = prepared.batch.tiles
         if self.store is None:
-            seen = self._features(tiles)
-        else:
-            seen = self.store.gather(tiles, prepared.digests, self._features)
-        out: Tensor = self.model.connector(seen)
+            return self.see(prepared.batch.tiles)
+        out: Tensor = self.model.connector(self.store.gather(prepared.batch.tiles, prepared.digests, self._features))
         return out
+
+    def see(self, tiles: Tensor) -> Float[Tensor, "tiles tokens width"]:
+        """Visual tokens. Without a tile a blank one runs, of which nothing is taken: no rank leaves a part out."""
+        shown = tiles if len(tiles) else tiles.new_zeros(1, *tiles.shape[1:])
+        out: Tensor = self.model.connector(self._features(shown))
+        return out[: len(tiles)]
 
     def _features(self, tiles: Tensor) -> Float[Tensor, "tiles patches width"]:
         """What the connector reads: the tapped block without the class token."""
         config = self.model.config
         states: Tensor = self.model.vision(normalise(tiles, config.normalize), config.feature_layer)
         return states[:, 1:]
+
+
+def by_set(batch: ChatBatch, positions: Int[Tensor, " learned"]) -> dict[str, Int[Tensor, " some"]]:
+    """Name of a set -> which learned positions of the batch are its; one nameless set where sources are unknown."""
+    if not batch.sources:
+        return {"": torch.arange(len(positions))}
+    row = positions // batch.input_ids.shape[1]
+    if batch.segments is not None:
+        row = torch.searchsorted(batch.segments, positions, right=True) - 1
+    owners = [set_name(source) for source in batch.sources]
+    numbers = {name: index for index, name in enumerate(dict.fromkeys(owners))}
+    owner = torch.tensor([numbers[name] for name in owners])[row]
+    return {name: torch.nonzero(owner == index).flatten() for name, index in numbers.items()}
+
+
+def set_name(source: str) -> str:
+    """data/val/docs.jsonl:12 -> docs."""
+    return Path(source.rsplit(":", 1)[0]).stem
+
+
+def _noting(batches: Iterable[ChatBatch], known: set[str]) -> Iterator[ChatBatch]:
+    """The batches; the sets that they come from are put into `known`, those of other ranks too."""
+    for batch in batches:
+        known.update(map(set_name, batch.sources) if batch.sources else [""])
+        yield batch
 
 
 def _without_mask(batch: ChatBatch) -> ChatBatch:
