@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
-from collections.abc import Iterable
-from datetime import datetime, timezone
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +56,9 @@ def scores(model: str, data: Path) -> dict[str, Any]:
             if (held / "stamps" / f"{code}.jsonl").is_file()
         }
         found[f"languages {head}"] = by_language
-        found[f"classes {head}"] = evaluate("zero-shot", model, data / "classes" / "heldout", f"classes-{head}", "--head", head)
+        found[f"classes {head}"] = evaluate(
+            "zero-shot", model, data / "classes" / "heldout", f"classes-{head}", "--head", head
+        )
     found["reranked g"] = evaluate(
         "retrieval", model, held / "stamps" / "en.jsonl", "reranked", "--head", "g", "--rerank", "16"
     )
