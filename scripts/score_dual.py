@@ -1,69 +1,103 @@
-"""Every held-out task of `pocket-dual`, one table into its card; results and sheets into runs/evaluate_dual.
+"""Every held-out task of `pocket-dual`: results and sheets in runs/evaluate_dual, the table in its card.
 
-    python scripts/score_dual.py [MODEL] [--data data/pocket_dual] [--commit HASH]
+    python scripts/score_dual.py [MODEL] [--data data/pocket_dual] [--fill]
 
-Each line of the table is one `internvl evaluate` command, printed before it runs; MODEL is `pocket-dual` or a folder.
+Each score is one `internvl evaluate` command, printed before it runs. MODEL is `pocket-dual`, or the folder of a run, to
+compare stages. `--fill` writes the table into weights/pocket-dual/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD = ROOT / "weights" / "pocket-dual" / "README.md"
-OUT = Path("runs/evaluate_dual")
-LANGUAGES = ("de", "es", "fr", "it", "pt", "nl", "pl", "sv", "ru", "ja")
-"""Ten large languages of the held-out stamps beside English."""
+BASELINE = ROOT / "benchmarks" / "results" / "retrieval_baseline.json"
+LANGUAGES = ("de", "es", "fr", "it", "ja", "nl", "pl", "pt", "ru", "sv")
+WAYS = ("image to text", "text to image")
+Scores = dict[str, float]
 
 
-def evaluate(task: str, model: str, data: Path, name: str, *options: str) -> dict[str, Any]:
-    """Scores of one command."""
-    out = OUT / name
-    command = ["evaluate", task, model, str(data), "--out", str(out), *options]
-    sys.stdout.write("internvl " + " ".join(command) + "\n")
-    sys.stdout.flush()
-    subprocess.run([sys.executable, "-m", "internvl.cli", *command], check=True, stdout=subprocess.DEVNULL)
-    results: list[dict[str, Any]] = json.loads((out / "result.json").read_text())["results"]
-    return results[0]["scores"]
+class Tasks:
+    """The commands on one model."""
+
+    def __init__(self, model: str, data: Path) -> None:
+        self.model, self.data = model, data
+        self.out = Path("runs/evaluate_dual") / Path(model).resolve().parent.name if "/" in model else model
+
+    def score(self, task: str, data: str, *options: str) -> Scores:
+        out = Path("runs/evaluate_dual") / "-".join([Path(str(self.out)).name, task, Path(data).stem, *options])
+        command = ["evaluate", task, self.model, str(self.data / data), "--out", str(out), *options]
+        sys.stdout.write(f"internvl {' '.join(command)}\n")
+        sys.stdout.flush()
+        subprocess.run([sys.executable, "-m", "internvl.cli", *command], check=True, stdout=subprocess.DEVNULL)
+        found: dict[str, Any] = json.loads((out / "result.json").read_text())["results"][0]
+        return dict(found["scores"])
+
+    def retrieval(self, language: str, head: str, *options: str) -> Scores:
+        return self.score("retrieval", f"heldout/stamps/{language}.jsonl", "--head", head, *options)
+
+
+def recalls(found: Scores, way: str) -> str:
+    return " / ".join(f"{found[f'{way} R@{k}']:.2f}" for k in (1, 5, 10))
+
+
+def average(found: list[Scores]) -> str:
+    return " / ".join(f"{mean(one[f'{way} R@{k}'] for one in found for way in WAYS):.2f}" for k in (1, 5, 10))
+
+
+def table(tasks: Tasks) -> list[str]:
+    """Rows of Markdown."""
+    base = json.loads(BASELINE.read_text())
+    ridge = {f"{way} R@{k}": base[way]["at"][str(k)] for way in WAYS for k in (1, 5, 10)}
+    english = {head: tasks.retrieval("en", head) for head in ("c", "g")}
+    ranked = tasks.retrieval("en", "g", "--rerank", "16")
+    others = {head: [tasks.retrieval(code, head) for code in LANGUAGES] for head in ("c", "g")}
+    wide = {head: tasks.score("retrieval", "heldout/english.jsonl", "--head", head) for head in ("c", "g")}
+    classes = {head: tasks.score("zero-shot", "classes/heldout", "--head", head) for head in ("c", "g")}
+    rows = ["| held out | C | G | G, re-ranked by matching | ridge baseline |", "| --- | --- | --- | --- | --- |"]
+    for way, said in zip(WAYS, ("picture to caption", "caption to picture"), strict=True):
+        values = [recalls(one, way) for one in (english["c"], english["g"], ranked, ridge)]
+        rows.append(f"| 100 stamps, English, {said}, R@1 / 5 / 10 | {' | '.join(values)} |")
+    rows.append(
+        f"| the same in {len(LANGUAGES)} other languages, mean of both ways | {average(others['c'])} "
+        f"| {average(others['g'])} | – | – |"
+    )
+    rows.append(
+        f"| 578 pictures, English, mean of both ways | {average([wide['c']])} | {average([wide['g']])} | – | – |"
+    )
+    rows.append(
+        f"| photos in 12 classes, zero-shot, top-1 | {classes['c']['top-1']:.2f} | {classes['g']['top-1']:.2f} | – | – |"
+    )
+    captions = tasks.score("captions", "heldout/stamps/en.jsonl", "--min-tokens", "2", "--max-tokens", "16")
+    rows.append(f"| captions of the stamps, CIDEr-D | – | {captions['CIDEr']:.2f} | – | – |")
+    for kind in ("linear", "attention"):
+        found = tasks.score("probe", "probe", "--kind", kind)
+        rows.append(f"| photos in 12 classes, {kind} probe of the ViT, top-1 | {found['top-1']:.2f} | – | – | – |")
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("model", nargs="?", default="pocket-dual")
     parser.add_argument("--data", type=Path, default=Path("data/pocket_dual"))
-    parser.add_argument("--json", type=Path, help="write the scores here too")
+    parser.add_argument("--fill", action="store_true")
     asked = parser.parse_args()
-    found = scores(asked.model, asked.data)
-    if asked.json:
-        asked.json.write_text(json.dumps(found, indent=2) + "\n")
-    sys.stdout.write(json.dumps(found, indent=2) + "\n")
-
-
-def scores(model: str, data: Path) -> dict[str, Any]:
-    held = data / "heldout"
-    found: dict[str, Any] = {}
-    for head in ("c", "g"):
-        for name, file in (("stamps", held / "stamps" / "en.jsonl"), ("pictures", held / "english.jsonl")):
-            found[f"{name} {head}"] = evaluate("retrieval", model, file, f"{name}-{head}", "--head", head)
-        by_language = {
-            code: evaluate("retrieval", model, held / "stamps" / f"{code}.jsonl", f"{code}-{head}", "--head", head)
-            for code in LANGUAGES
-            if (held / "stamps" / f"{code}.jsonl").is_file()
-        }
-        found[f"languages {head}"] = by_language
-        found[f"classes {head}"] = evaluate(
-            "zero-shot", model, data / "classes" / "heldout", f"classes-{head}", "--head", head
+    text = "\n".join(table(Tasks(asked.model, asked.data)))
+    sys.stdout.write(text + "\n")
+    if asked.fill:
+        card = CARD.read_text(encoding="utf-8")
+        marked = re.sub(
+            r"(<!-- scores:begin -->\n).*?(<!-- scores:end -->)", lambda m: f"{m[1]}{text}\n{m[2]}", card, flags=re.S
         )
-    found["reranked g"] = evaluate(
-        "retrieval", model, held / "stamps" / "en.jsonl", "reranked", "--head", "g", "--rerank", "16"
-    )
-    found["captions"] = evaluate("captions", model, held / "stamps" / "en.jsonl", "captions", "--min-tokens", "2")
-    return found
+        CARD.write_text(marked, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def _probe(asked: Probe, features: Features, out: Path, problems: list[Problem])
     from internvl.evaluate.dual_tasks import limited, probing
     from internvl.evaluate.probe import ProbeSettings
 
-    tests = [asked.data / name for name in ("val", "validation", "test") if (asked.data / name).is_dir()]
+    tests = [asked.data / name for name in ("val", "validation", "test", "heldout") if (asked.data / name).is_dir()]
     if not (asked.data / "train").is_dir() or not tests:
         raise ValueError(f"{asked.data}: needs the folders train and val (or test), each with a folder a class")
     settings = ProbeSettings(asked.rates, asked.epochs, batch=asked.probe_batch, seed=asked.seed)
