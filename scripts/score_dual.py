@@ -2,8 +2,8 @@
 
     python scripts/score_dual.py [MODEL] [--data data/pocket_dual] [--fill]
 
-Each score is one `internvl evaluate` command, printed before it runs. MODEL is `pocket-dual`, or the folder of a run, to
-compare stages. `--fill` writes the table into weights/pocket-dual/README.md.
+Each score is one `internvl evaluate` command, printed before it runs. MODEL is `pocket-dual`, or the folder of a run,
+to compare stages. `--fill` writes the table into weights/pocket-dual/README.md.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Tasks:
 
     def __init__(self, model: str, data: Path) -> None:
         self.model, self.data = model, data
-        self.out = Path("runs/evaluate_dual") / Path(model).resolve().parent.name if "/" in model else model
+        self.name = Path(model).parent.name if Path(model).name == "model" else Path(model).name
 
     def score(self, task: str, data: str, *options: str) -> Scores:
-        out = Path("runs/evaluate_dual") / "-".join([Path(str(self.out)).name, task, Path(data).stem, *options])
+        out = Path("runs/evaluate_dual") / "-".join([self.name, task, Path(data).stem, *options])
         command = ["evaluate", task, self.model, str(self.data / data), "--out", str(out), *options]
         sys.stdout.write(f"internvl {' '.join(command)}\n")
         sys.stdout.flush()
@@ -70,16 +70,13 @@ def table(tasks: Tasks) -> list[str]:
         f"| the same in {len(LANGUAGES)} other languages, mean of both ways | {average(others['c'])} "
         f"| {average(others['g'])} | – | – |"
     )
-    rows.append(
-        f"| 578 pictures, English, mean of both ways | {average([wide['c']])} | {average([wide['g']])} | – | – |"
-    )
-    rows.append(
-        f"| photos in 12 classes, zero-shot, top-1 | {classes['c']['top-1']:.2f} | {classes['g']['top-1']:.2f} | – | – |"
-    )
+    rows.append(f"| 578 pictures, English, both ways | {average([wide['c']])} | {average([wide['g']])} | – | – |")
+    shown = [f"{classes[head]['top-1']:.2f}" for head in ("c", "g")]
+    rows.append(f"| photos in 12 classes, zero-shot, top-1 | {' | '.join(shown)} | – | – |")
     captions = tasks.score("captions", "heldout/stamps/en.jsonl", "--min-tokens", "2", "--max-tokens", "16")
     rows.append(f"| captions of the stamps, CIDEr-D | – | {captions['CIDEr']:.2f} | – | – |")
     for kind in ("linear", "attention"):
-        found = tasks.score("probe", "probe", "--kind", kind)
+        found = tasks.score("probe", "classes", "--kind", kind)
         rows.append(f"| photos in 12 classes, {kind} probe of the ViT, top-1 | {found['top-1']:.2f} | – | – | – |")
     return rows
 
