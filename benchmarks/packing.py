@@ -39,7 +39,8 @@ from internvl.locate import locate
 from internvl.models.build import build
 from internvl.tokens import IGNORE_INDEX, IMAGE_TOKEN, token_id
 from internvl.train import optim, trainable
-from internvl.train.run import Part, RunConfig, Schedule
+from internvl.train.run import RunConfig
+from internvl.train.settings import Part, Schedule
 from internvl.train.stages.sft import Sft
 from internvl.zoo import CHAT
 

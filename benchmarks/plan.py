@@ -24,7 +24,8 @@ from internvl.tokens import IGNORE_INDEX, SPECIAL_TOKENS, token_id
 from internvl.train import optim, trainable
 from internvl.train.recipes.tiny import byte_tokenizer
 from internvl.train.rehearse import rehearse
-from internvl.train.run import Data, Part, RunConfig, Schedule, Tokens
+from internvl.train.run import RunConfig
+from internvl.train.settings import Data, Part, Schedule, Tokens
 from internvl.train.stages.sft import LOSS, Sft
 from internvl.zoo import CHAT
 

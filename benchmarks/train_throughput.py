@@ -26,7 +26,8 @@ from internvl.train.feed import Feed
 from internvl.train.loop import Trainer
 from internvl.train.process import choose_device
 from internvl.train.recipes import pocket
-from internvl.train.run import Data, Part, RunConfig, Schedule, Tokens
+from internvl.train.run import RunConfig
+from internvl.train.settings import Data, Part, Schedule, Tokens
 from internvl.train.stages.sft import Sft
 from internvl.zoo import CHAT
 

@@ -24,7 +24,8 @@ from internvl.train.dry import write_model, write_records
 from internvl.train.loop import Trainer, train
 from internvl.train.recipes.tiny import byte_tokenizer
 from internvl.train.rehearse import rehearse
-from internvl.train.run import Data, Optimiser, Part, RunConfig, Schedule, Tokens
+from internvl.train.run import RunConfig
+from internvl.train.settings import Data, Optimiser, Part, Schedule, Tokens
 from internvl.train.stages import open_stage
 from internvl.train.stages.sft import LOSS, Sft
 from internvl.zoo import RELEASED

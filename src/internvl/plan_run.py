@@ -27,7 +27,8 @@ from internvl.tokens import SPECIAL_TOKENS, token_id
 from internvl.train import cost
 from internvl.train.recipes.tiny import byte_tokenizer
 from internvl.train.rehearse import Memory, rehearse
-from internvl.train.run import Part, RunConfig
+from internvl.train.run import RunConfig
+from internvl.train.settings import Part
 from internvl.train.stages.sft import LOSS, Sft, open_loader
 from internvl.zoo import CHAT, RELEASED
 

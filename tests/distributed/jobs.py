@@ -19,7 +19,8 @@ from internvl.batch import ChatBatch
 from internvl.data.collate import collate_nothing
 from internvl.parallel import collectives
 from internvl.train.loop import train
-from internvl.train.run import Data, Optimiser, Part, RunConfig, Schedule, Tokens, Watch
+from internvl.train.run import RunConfig
+from internvl.train.settings import Data, Optimiser, Part, Schedule, Tokens, Watch
 
 KINDS = {"text": 0, "image": 1, "video": 5, "nothing": 0}
 WINDOWS = (

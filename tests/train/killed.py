@@ -21,7 +21,7 @@ from tiny_stage import tiny_run, tiny_stage
 from internvl.train import tensors
 from internvl.train.log import read_metrics
 from internvl.train.loop import train
-from internvl.train.run import Data, Part, Schedule, Watch
+from internvl.train.settings import Data, Part, Schedule, Watch
 
 STEPS = 4
 COMPARED = ("learned", "optimizer", "ema")

@@ -16,7 +16,8 @@ from PIL import Image
 from internvl.data.images import normalise, open_image
 from internvl.data.mixture import read_sets
 from internvl.data.tiling import single
-from internvl.train.run import Data, Optimiser, Part, RunConfig, Schedule
+from internvl.train.run import RunConfig
+from internvl.train.settings import Data, Optimiser, Part, Schedule
 from internvl.train.stages.align import BACKGROUND_TOKENS, NAMES, PLACES, WAVES, Align, cells_under, place_waves
 from tiny import tiny_model, tiny_tokenizer
 

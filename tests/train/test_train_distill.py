@@ -26,7 +26,8 @@ from internvl.train import log
 from internvl.train.dry import write_model, write_records
 from internvl.train.loop import train
 from internvl.train.losses import cosine_sum, relation_sum
-from internvl.train.run import Data, Distill, Optimiser, Part, RunConfig, Schedule
+from internvl.train.run import RunConfig
+from internvl.train.settings import Data, Distill, Optimiser, Part, Schedule
 from internvl.train.stages import open_stage
 from internvl.train.stages.distill import pictures_of
 from internvl.train.teachers import last_states, open_teacher, pool_grid, resized

@@ -18,7 +18,8 @@ from tiny_stage import Records, collate, tiny_run, tiny_stage
 from internvl.train.checkpoint import check_folder
 from internvl.train.log import read_metrics
 from internvl.train.loop import Trainer, train
-from internvl.train.run import Data, Optimiser, Part, RunConfig, Schedule, Tokens
+from internvl.train.run import RunConfig
+from internvl.train.settings import Data, Optimiser, Part, Schedule, Tokens
 
 
 def weights(out: Path, step: int) -> dict[str, torch.Tensor]:

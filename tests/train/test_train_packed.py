@@ -24,7 +24,8 @@ from internvl.models.attention import _varlen, attend
 from internvl.parallel import collectives
 from internvl.tokens import IGNORE_INDEX
 from internvl.train import log
-from internvl.train.run import RunConfig, Schedule
+from internvl.train.run import RunConfig
+from internvl.train.settings import Schedule
 from internvl.train.stages.sft import Sft
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 

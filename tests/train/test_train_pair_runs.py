@@ -17,7 +17,7 @@ import internvl
 from internvl.load_dual import load_dual, save_dual
 from internvl.models.build import build_dual
 from internvl.train.loop import Trainer, train
-from internvl.train.run import Optimiser, Pairs, Part, Schedule
+from internvl.train.settings import Optimiser, Pairs, Part, Schedule
 from internvl.train.stages import open_stage
 
 

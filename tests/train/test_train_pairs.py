@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from internvl.train.pieces import by_length, in_pieces
-from internvl.train.run import Pairs, Part, from_json, to_json
+from internvl.train.run import from_json, to_json
+from internvl.train.settings import Pairs, Part
 from internvl.train.stages import open_stage
 from tiny import tiny_dual
 

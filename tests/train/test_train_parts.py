@@ -13,7 +13,7 @@ from tiny_stage import IMAGE_ID, VOCAB, tie, tiny_run
 from internvl.tokens import SPECIAL_TOKENS, token_id
 from internvl.train import trainable
 from internvl.train.features import DiskStore, MemoryStore, digests, key
-from internvl.train.run import Optimiser, Part, Tokens
+from internvl.train.settings import Optimiser, Part, Tokens
 from tiny import tiny_model, tiny_tokenizer
 
 ROWS = [token_id(tiny_tokenizer(), token) for token in SPECIAL_TOKENS]

@@ -23,7 +23,8 @@ from internvl.load import load_checkpoint
 from internvl.pocket import merge
 from internvl.train.loop import train
 from internvl.train.recipes import find_recipe, tiny
-from internvl.train.run import Part, RunConfig, Schedule, Tokens, differences, to_json
+from internvl.train.run import RunConfig, differences, to_json
+from internvl.train.settings import Part, Schedule, Tokens
 from internvl.train.stages import open_stage
 
 

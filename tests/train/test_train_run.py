@@ -12,17 +12,8 @@ from hypothesis import strategies as st
 
 from internvl.train import optim
 from internvl.train.recipes import RECIPES
-from internvl.train.run import (
-    Data,
-    Optimiser,
-    Part,
-    RunConfig,
-    Schedule,
-    differences,
-    from_json,
-    read_run,
-    to_json,
-)
+from internvl.train.run import RunConfig, differences, from_json, read_run, to_json
+from internvl.train.settings import Data, Optimiser, Part, Schedule
 
 RUN = RunConfig(schedule=Schedule(steps=10), connector=Part("full"))
 

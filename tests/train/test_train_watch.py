@@ -18,8 +18,9 @@ from internvl.data.collate import collate_nothing
 from internvl.tokens import IGNORE_INDEX
 from internvl.train import checkpoint, export, trainable
 from internvl.train.loop import Trainer, train
-from internvl.train.run import Part, RunConfig, Schedule, Watch
+from internvl.train.run import RunConfig
 from internvl.train.samples import Answers, questions
+from internvl.train.settings import Part, Schedule, Watch
 from internvl.train.stages.sft import by_set
 from internvl.train.track import open_trackers
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from internvl.train.recipes import v1_0
-from internvl.train.run import Part, RunConfig, Schedule
+from internvl.train.run import RunConfig
+from internvl.train.settings import Part, Schedule
 from internvl.train.stages import open_stage
 
 

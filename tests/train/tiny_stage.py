@@ -9,7 +9,8 @@ import torch
 
 from internvl.batch import ChatBatch
 from internvl.tokens import IGNORE_INDEX, SPECIAL_TOKENS, token_id
-from internvl.train.run import Data, Optimiser, Part, RunConfig, Schedule
+from internvl.train.run import RunConfig
+from internvl.train.settings import Data, Optimiser, Part, Schedule
 from internvl.train.stages.sft import Sft
 from tiny import IMAGE_TOKEN_ID, tiny_model, tiny_tokenizer
 

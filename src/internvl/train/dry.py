@@ -14,7 +14,9 @@ from typing import Any
 from internvl.config import ChatConfig
 from internvl.train.log import Reporter
 from internvl.train.recipes.tiny import COLOURS, byte_tokenizer
-from internvl.train.run import RunConfig, Schedule, Stage, differences, to_json
+from internvl.train.run import RunConfig, differences, to_json
+from internvl.train.settings import Schedule
+from internvl.train.stage import Stage
 from internvl.zoo import CHAT, RELEASED, VIT_TINY, VIT_TINY_6B
 
 STEPS = 2

@@ -17,7 +17,8 @@ from torch import nn
 from internvl.load import save_checkpoint
 from internvl.parallel.shard import local
 from internvl.train import checkpoint
-from internvl.train.run import PARTS, RunConfig
+from internvl.train.run import RunConfig
+from internvl.train.settings import PARTS
 from internvl.train.trainable import Learner
 
 if TYPE_CHECKING:

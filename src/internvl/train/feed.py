@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from internvl.parallel import collectives
-from internvl.train.run import Prepared, Stage
+from internvl.train.stage import Prepared, Stage
 
 
 @dataclass(frozen=True)

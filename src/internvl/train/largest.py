@@ -8,7 +8,7 @@ import torch
 
 from internvl.train import log
 from internvl.train.feed import Item
-from internvl.train.run import NamesWorst
+from internvl.train.stage import NamesWorst
 
 if TYPE_CHECKING:
     from internvl.train.loop import Trainer

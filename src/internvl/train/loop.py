@@ -24,7 +24,8 @@ from internvl.train import checkpoint, export, guard, largest, log, lost, optim,
 from internvl.train.ema import Ema
 from internvl.train.feed import Feed, Item
 from internvl.train.process import choose_device, stop_on_signal
-from internvl.train.run import RunConfig, Stage, to_json
+from internvl.train.run import RunConfig, to_json
+from internvl.train.stage import Stage
 from internvl.train.track import open_trackers
 from internvl.train.watchdog import Watchdog
 

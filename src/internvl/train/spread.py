@@ -11,7 +11,8 @@ from torch import nn
 
 from internvl.parallel import collectives, shard
 from internvl.train.feed import Item
-from internvl.train.run import RunConfig, Stage
+from internvl.train.run import RunConfig
+from internvl.train.stage import Stage
 from internvl.train.trainable import ROWS, Learner
 
 MODEL = "model"

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internvl.models.layers import DropPath, drop_path_rates
-from internvl.train.run import PARTS, Part, RunConfig
+from internvl.train.run import RunConfig
+from internvl.train.settings import PARTS, Part
 
 if TYPE_CHECKING:
     from internvl.models.adapters import Adaptable

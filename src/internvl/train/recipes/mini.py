@@ -14,7 +14,8 @@ from internvl.train.recipes.official import (
     second_lora,
     shared,
 )
-from internvl.train.run import Distill, Optimiser, Part, RunConfig, Schedule
+from internvl.train.run import RunConfig
+from internvl.train.settings import Distill, Optimiser, Part, Schedule
 
 RELEASES = {"2b": "Mini-InternVL-Chat-2B-V1-5", "4b": "Mini-InternVL-Chat-4B-V1-5"}
 DOMAINS = {"drivelm": (15100, 1), "bdd": (240, 8), "rs": (2500, 8), "medical": (2200, 8)}

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from internvl.train.run import Data, Distill, Optimiser, Part, RunConfig, Schedule, Tokens
+from internvl.train.run import RunConfig
+from internvl.train.settings import Data, Distill, Optimiser, Part, Schedule, Tokens
 
 BASE = "runs/pocket-base"
 DATA = "data/pocket"

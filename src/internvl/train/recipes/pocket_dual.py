@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from internvl.train.run import Data, Optimiser, Pairs, Part, RunConfig, Schedule
+from internvl.train.run import RunConfig
+from internvl.train.settings import Data, Optimiser, Pairs, Part, Schedule
 
 BASE = "runs/pocket-dual-base"
 DATA = "data/pocket_dual"

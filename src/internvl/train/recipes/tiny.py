@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from internvl.tokens import SPECIAL_TOKENS
-from internvl.train.run import Data, Optimiser, Part, RunConfig, Schedule
+from internvl.train.run import RunConfig
+from internvl.train.settings import Data, Optimiser, Part, Schedule
 from internvl.zoo import CHAT
 
 INPUTS = "runs/tiny-inputs"

@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from internvl.train.recipes.tiny import COLOURS, byte_tokenizer
-from internvl.train.run import Data, Optimiser, Pairs, Part, RunConfig, Schedule
+from internvl.train.run import RunConfig
+from internvl.train.settings import Data, Optimiser, Pairs, Part, Schedule
 
 BASE = "runs/v1_0_base"
 LLAMA = "models/chinese_alpaca_lora_7b"

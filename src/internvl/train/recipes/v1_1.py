@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from internvl.train.recipes.official import Family, batch, learning, rates, shared
-from internvl.train.run import RunConfig, Schedule
+from internvl.train.run import RunConfig
+from internvl.train.settings import Schedule
 
 RELEASE = {"": "InternVL-Chat-V1-1"}
 

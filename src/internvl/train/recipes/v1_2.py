@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from internvl.train.recipes import v1_1
 from internvl.train.recipes.official import Family, batch, learning, rates, second_full, second_lora
-from internvl.train.run import RunConfig, Schedule
+from internvl.train.run import RunConfig
+from internvl.train.settings import Schedule
 
 RELEASE = {"": "InternVL-Chat-V1-2"}
 PLUS = {"": "InternVL-Chat-V1-2-Plus"}

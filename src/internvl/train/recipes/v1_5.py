@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from internvl.train.recipes.official import Family, batch, learning, rates, second_full, second_lora, shared
-from internvl.train.run import RunConfig, Schedule
+from internvl.train.run import RunConfig
+from internvl.train.settings import Schedule
 
 RELEASES = {"20b": "InternVL-Chat-V1-5", "34b": "InternVL2-40B"}
 """Size of the language model -> shape. The variant over Yi-34B has that of InternVL2-40B."""

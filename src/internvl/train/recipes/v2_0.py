@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from internvl.train.recipes.official import Family, batch, learning, rates, second_full, second_lora, shared
-from internvl.train.run import RunConfig, Schedule
+from internvl.train.run import RunConfig
+from internvl.train.settings import Schedule
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from internvl.train.recipes.official import Family, learning, packed, rates, second_full, second_lora, shared
-from internvl.train.run import RunConfig, Schedule
+from internvl.train.run import RunConfig
+from internvl.train.settings import Schedule
 
 ROWS, ROW = 512, 16384
 """Packed rows a step, and positions in one (official shell/internvl2.5)."""

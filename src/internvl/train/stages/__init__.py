@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from internvl.train.run import RunConfig, Stage
+from internvl.train.run import RunConfig
+from internvl.train.stage import Stage
 from internvl.train.stages import align, contrastive, distill, generative, sft
 
 STAGES: dict[str, Callable[[RunConfig], Stage]] = {

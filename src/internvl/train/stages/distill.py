@@ -27,7 +27,8 @@ from internvl.models.chat import ChatModel
 from internvl.train import features, trainable
 from internvl.train.export import export_model, export_parts
 from internvl.train.losses import cosine_sum, relation_sum
-from internvl.train.run import Distill, RunConfig
+from internvl.train.run import RunConfig
+from internvl.train.settings import Distill
 from internvl.train.teachers import Teacher, last_states, open_teacher, pool_grid
 
 LOSS, RELATION = "cosine", "relation"
