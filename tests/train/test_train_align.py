@@ -16,9 +16,10 @@ from PIL import Image
 from internvl.data.images import normalise, open_image
 from internvl.data.mixture import read_sets
 from internvl.data.tiling import single
+from internvl.train.cells import WAVES, cells_under, place_waves
 from internvl.train.run import RunConfig
 from internvl.train.settings import Data, Optimiser, Part, Schedule
-from internvl.train.stages.align import BACKGROUND_TOKENS, NAMES, PLACES, WAVES, Align, cells_under, place_waves
+from internvl.train.stages.align import BACKGROUND_TOKENS, NAMES, PLACES, Align
 from tiny import tiny_model, tiny_tokenizer
 
 

@@ -16,20 +16,18 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
-from torch.utils.data import DataLoader, Dataset
+from jaxtyping import Int
+from torch.utils.data import DataLoader
 
 from internvl.batch import ChatBatch, Company
 from internvl.data.batching import BatchSettings
-from internvl.data.collate import collate, collate_nothing, collate_packed
-from internvl.data.encode import Encoder, Sample
-from internvl.data.ledger import Ledger, Quarantine, Rejection
+from internvl.data.collate import collate_nothing
+from internvl.data.encode import Encoder
+from internvl.data.ledger import Ledger, Quarantine
 from internvl.data.measure import measure, unchanged
 from internvl.data.mixture import DataSet, Mixture
 from internvl.data.plans import Cursor, Packed, Plain, Plan, Plans
-from internvl.data.records import RecordError, printable, reason_of
-from internvl.data.splitting import Layout, Segment
-from internvl.tokens import IGNORE_INDEX
+from internvl.data.work import Made, Work
 
 
 class BatchSize(NamedTuple):
@@ -43,73 +41,6 @@ class BatchSize(NamedTuple):
     squares: int
     """Sum over samples of the square of the row they attend in, for the cost of attention."""
     tiles: int
-
-
-class _Made(NamedTuple):
-    batch: ChatBatch | None
-    accepted: list[tuple[str, bool]] = []  # noqa: RUF012 -- never written to
-    """Set of each record, and whether it was cut; once for a record of several parts."""
-    rejected: list[Rejection] = []  # noqa: RUF012
-
-
-@dataclass
-class _Work(Dataset[_Made]):
-    """What a worker process holds: plans in, batches out."""
-
-    mixture: Mixture
-    encoders: list[Encoder]
-    settings: BatchSettings
-    pad_id: int
-    skips: bool
-
-    def __getitem__(self, plan: Plan) -> _Made:
-        samples: list[Sample] = []
-        accepted: list[tuple[str, bool]] = []
-        rejected: list[Rejection] = []
-        parts = plan.parts or [None] * len(plan.places)
-        for place, number, part in zip(plan.places.tolist(), plan.numbers.tolist(), parts, strict=True):
-            try:
-                sample = self._sample(number, self._rng(plan.epoch, place))
-                taken = sample if part is None else sample.part(part)
-            except (ValueError, OSError) as error:
-                learned = self.layout(number, plan.epoch, place).learned
-                rejected.append(self._rejection(number, error, _is_first(part, learned)))
-                if not self.skips:
-                    return _Made(None, rejected=rejected)
-            else:
-                samples.append(taken)
-                if _is_first(part, sample.labels.numpy() != IGNORE_INDEX):
-                    accepted.append((self._name(number), sample.num_cut > 0))
-        if not samples:
-            return _Made(None, rejected=rejected)
-        join = collate_packed if self.settings.packed else collate
-        return _Made(join(samples, self.pad_id, self.settings.weighting), accepted, rejected)
-
-    def _name(self, number: int) -> str:
-        data = self.mixture.sets[self.mixture.locate(number)[0]]
-        return data.name or data.annotation
-
-    def _rejection(self, number: int, error: ValueError | OSError, counts: bool) -> Rejection:
-        source = self.mixture.source(number)
-        return Rejection(number, self._name(number), source, reason_of(error), printable(error), counts)
-
-    def layout(self, number: int, epoch: int, place: int) -> Layout:
-        """Where pictures and learned tokens of a record are; of one that cannot be used, nothing."""
-        index, position = self.mixture.locate(number)
-        try:
-            return self.encoders[index].layout(self.mixture.sets[index].record(position), self._rng(epoch, place))
-        except (ValueError, OSError):  # making its sample will say why
-            return Layout((), np.zeros(0, bool))
-
-    def _rng(self, epoch: int, place: int) -> np.random.Generator:
-        return np.random.default_rng([self.mixture.seed, epoch, place])
-
-    def _sample(self, number: int, rng: np.random.Generator) -> Sample:
-        index, position = self.mixture.locate(number)
-        sample = self.encoders[index].encode(self.mixture.sets[index].record(position), rng)
-        if self.settings.room is None:  # a row that is packed was planned to hold it, whole or in parts
-            check_sample(sample, self.settings)
-        return sample
 
 
 @dataclass
@@ -142,7 +73,7 @@ class Loader:
             raise ValueError(f"on_error is {self.on_error!r} and quarantine {self.quarantine}; give both or neither")
         self._mixture = Mixture(self.sets, self.seed, self.shuffle)
         encoders = [encoder_of(self.encoder, data) for data in self.sets]
-        self._work = _Work(self._mixture, encoders, self.settings, self.pad_id, self.on_error != "error")
+        self._work = Work(self._mixture, encoders, self.settings, self.pad_id, self.on_error != "error")
         mixture, settings = self._mixture, self.settings
         self._plans: Plans = Plain(mixture, settings, lambda: self._counts, tolerant=self.on_error != "error")
         if settings.room is not None:
@@ -277,7 +208,7 @@ class Loader:
                 raise ValueError(f"{num_empty} batches in a row had no usable record; the last: {made.rejected}")
             yield made.batch
 
-    def _account(self, made: _Made) -> None:
+    def _account(self, made: Made) -> None:
         """Count what became of the records of a batch, and set the rejected ones aside."""
         self.ledger.add(made.accepted, made.rejected)
         if not made.rejected:
@@ -291,7 +222,7 @@ class Loader:
         last = made.rejected[-1]
         self.ledger.check(self.max_rejected, self._mixture.entries, _sentence(last.source, last.message))
 
-    def _run(self, plans: Iterator[Plan]) -> Iterator[_Made]:
+    def _run(self, plans: Iterator[Plan]) -> Iterator[Made]:
         if not self.workers:
             return (self._work[plan] for plan in plans)
         return iter(
@@ -319,20 +250,6 @@ def _company(plans: Sequence[Plan]) -> Company:
         return Company()
     tokens, tiles = [plan.tokens for plan in plans], [plan.tiles for plan in plans]
     return Company(len(plans), sum(tokens), sum(tiles), max(tokens), max(tiles))
-
-
-def _is_first(part: Segment | None, learned: Bool[np.ndarray, " length"]) -> bool:
-    """Whether no part before this one learns anything, which splitting.py would then have left out."""
-    return part is None or not learned[1 : part.start + 1].any()
-
-
-def check_sample(sample: Sample, settings: BatchSettings) -> None:
-    """Refuse what no batch may hold."""
-    sizes = (("tokens", len(sample.input_ids), settings.tokens), ("tiles", sample.num_tiles, settings.tiles))
-    for noun, value, limit in sizes:
-        if limit is not None and value > limit:
-            said = f"{value} {noun}; a batch may have {limit}; raise it or lower max_tiles"
-            raise RecordError("budget", f"{sample.source}: {said}")
 
 
 def _sentence(source: str, message: str) -> str:

@@ -1,0 +1,87 @@
+"""What lies under each visual token of a picture, for the `align` stage: texts and boxes of its regions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+WAVES = (1, 2, 4)
+"""Half periods, over the picture, of the sines and cosines that say where the sides of a box are."""
+LEAST_COVER = 0.35
+"""A region counts for a token that holds its centre or this share of its area."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One record with regions, as one tile."""
+
+    source: str
+    tile: UInt8[Tensor, "1 3 side side"] | None
+    """None where its features are kept."""
+    digest: bytes
+    """Content of the tile, where features are kept."""
+    cells: list[list[str]]
+    """Texts of the regions under each token, row by row; none: background."""
+    boxes: list[list[int] | None]
+    """The first region under each token: left, top, right, bottom on the 0..1000 grid; None: nothing, or a letter."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Tiles, and which words each token that is looked at should be near."""
+
+    tiles: UInt8[Tensor, "fresh 3 side side"]
+    """Of every picture, or of those whose features are not kept."""
+    fresh: tuple[bytes, ...]
+    digests: tuple[bytes, ...]
+    """Content of these tiles, and of every picture's: where features are kept."""
+    tokens: Int[Tensor, " looked"]
+    """Places among all tokens of all pictures."""
+    cell: Int[Tensor, " pairs"]
+    """Places in `tokens`."""
+    word: Int[Tensor, " pairs"]
+    share: Float[Tensor, " pairs"]
+    """Weight of the token divided among its words."""
+    placed: Int[Tensor, " placed"]
+    """Places in `tokens`."""
+    boxes: Float[Tensor, "placed 4"]
+    """Of the tokens in `placed`: sides as shares of the picture."""
+    sources: tuple[str, ...]
+
+    def pin_memory(self) -> Cells:
+        return self._moved(lambda value: value.pin_memory())
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Cells:
+        return self._moved(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def _moved(self, move: Any) -> Cells:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: move(v) for k, v in values.items() if isinstance(v, Tensor)})
+
+
+def cells_under(regions: Sequence[Mapping[str, Any]], side: int) -> list[list[int]]:
+    """Which regions lie under each cell of a side x side grid, boxes on the 0..1000 grid."""
+    step = 1000 / side
+    found: list[list[int]] = [[] for _ in range(side * side)]
+    for number, region in enumerate(regions):
+        left, top, right, bottom = region["box"]
+        area = max(1, (right - left) * (bottom - top))
+        for row in range(max(0, int(top // step)), min(side, math.ceil(bottom / step))):
+            for column in range(max(0, int(left // step)), min(side, math.ceil(right / step))):
+                x, y = column * step, row * step
+                cover = (min(right, x + step) - max(left, x)) * (min(bottom, y + step) - max(top, y)) / area
+                if cover >= LEAST_COVER or (left <= x + step / 2 < right and top <= y + step / 2 < bottom):
+                    found[row * side + column].append(number)
+    return found
+
+
+def place_waves(boxes: Float[Tensor, "boxes 4"]) -> Float[Tensor, "boxes waves"]:
+    """Sides of boxes, as shares of the picture, in sines and cosines: coarse and fine, each linear to read."""
+    turns = math.pi * boxes[:, :, None] * boxes.new_tensor(WAVES)
+    return torch.cat([turns.cos(), turns.sin()], dim=-1).flatten(1)
