@@ -17,7 +17,7 @@ from dual_folder import make_dual, make_pictures, open_once, picture
 from internvl import cli
 from internvl.generate import embed as embedding
 from internvl.generate.dual import Dual
-from internvl.generate.embedded import Embedded, check_same, fingerprint, read_embedded, write_embedded
+from internvl.generate.embedded import Embedded, check_same, evenly, fingerprint, read_embedded, write_embedded
 from internvl.generate.search import nearest, search
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -299,3 +299,12 @@ def test_parquet_holds_the_same(dual: Dual, folder: Path, tmp_path: Path) -> Non
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="damaged, or not made by internvl embed"):
         read_embedded(tmp_path / "bad.parquet")
+
+
+@given(length=st.integers(1, 10**11), count=st.integers(1, 64))
+def test_places_looked_at_are_inside_and_reach_both_ends(length: int, count: int) -> None:
+    places = evenly(length, count).tolist()
+    assert len(places) == len(set(places)) == min(length, count)
+    assert places == sorted(places)
+    assert places[0] == 0
+    assert places[-1] == (length - 1 if len(places) > 1 else 0)

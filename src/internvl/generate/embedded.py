@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -66,12 +66,17 @@ def fingerprint(dual: Dual) -> str:
     digest = hashlib.sha256()
     for key, tensor in sorted(dual.model.state_dict().items()):
         flat = tensor.detach().flatten()
-        picked = torch.linspace(0, len(flat) - 1, min(SAMPLED, len(flat))).round().long()
-        values = flat[picked.to(flat.device)].to(torch.bfloat16).cpu().view(torch.int16)
+        values = flat[evenly(len(flat), SAMPLED).to(flat.device)].to(torch.bfloat16).cpu().view(torch.int16)
         digest.update(f"{key} {tuple(tensor.shape)}".encode() + values.numpy().tobytes())
     if dual.tokenizer is not None:
         digest.update(json.dumps(dual.ids(["summarize:A 猫, quickly; ça va? 0123"])[0].tolist()).encode())
     return digest.hexdigest()[:16]
+
+
+def evenly(length: int, count: int) -> Int[Tensor, " picked"]:
+    """At most `count` places from the first to the last, in whole numbers: float32 has none above 2**24."""
+    count = min(count, length)
+    return torch.arange(count) * (length - 1) // max(1, count - 1)
 
 
 def check_out(path: Path) -> None:
