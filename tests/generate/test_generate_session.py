@@ -195,3 +195,13 @@ def test_wrong_names_are_named(folder: Path) -> None:
         internvl.load("OpenGVLab/none")
     with pytest.raises(ValueError, match="max_tiles 0"):
         internvl.load(folder, max_tiles=0)
+
+
+def test_a_native_folder_opens_as_a_chat(chat: Chat, tmp_path: Path) -> None:
+    """Its model_type is that of InternVL-C and -G."""
+    chat.save(tmp_path, layout="native")
+    loaded = internvl.load(tmp_path, dtype="float32", max_tiles=2)
+    assert isinstance(loaded, Chat)
+    assert (
+        loaded.chat("What?", [PICTURE], max_new_tokens=9).text == chat.chat("What?", [PICTURE], max_new_tokens=9).text
+    )

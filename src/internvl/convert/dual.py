@@ -58,7 +58,8 @@ DERIVED_KEYS = (
 
 
 def is_dual(settings: Mapping[str, Any]) -> bool:
-    return settings.get("model_type") == MODEL_TYPE
+    """Whether a config.json is InternVL-C's or -G's: transformers calls its chat model by the same name."""
+    return settings.get("model_type") == MODEL_TYPE and "text_config" not in settings
 
 
 def from_official(settings: Mapping[str, Any], where: object = "config.json") -> DualConfig:
