@@ -102,5 +102,5 @@ def test_what_a_recipe_begins_with_is_named(tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(ValueError, match=folder):
             find_recipe(name).prepare(find_recipe(name).make())
     recipe = find_recipe("pocket_dual_contrastive")
-    with pytest.raises(ValueError, match="data/pocket_dual/meta.json is not there; `internvl data dual` makes it"):
+    with pytest.raises(ValueError, match=r"data/pocket_dual/meta\.json is not there; `internvl data dual` makes it"):
         recipe.prepare(recipe.make())
