@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD = ROOT / "weights" / "pocket-dual" / "README.md"
-BASELINE = ROOT / "benchmarks" / "results" / "retrieval_baseline.json"
+BASELINE = ROOT / "benchmarks" / "results" / "retrieval_baseline_stamps.json"
 LANGUAGES = ("de", "es", "fr", "it", "ja", "nl", "pl", "pt", "ru", "sv")
 WAYS = ("image to text", "text to image")
 Scores = dict[str, float]
