@@ -119,7 +119,8 @@ def _read(
     # Embedding and head first: where they are one, the second copy is gone before the rest is read.
     for entry in sorted(filter(opened.has, opened.entries), key=lambda e: {EMBEDDING, HEAD}.isdisjoint(e.ours)):
         where = placement.device_of(entry.ours[0], device) if isinstance(device, Mapping) else device
-        loaded |= zip(entry.ours, opened.read(entry, dtype, where, merge, mapped=True), strict=True)
+        passing = tied and HEAD in entry.ours  # compared and forgotten: mapped, its pages would stay
+        loaded |= zip(entry.ours, opened.read(entry, dtype, where, merge, mapped=not passing), strict=True)
         if tied and HEAD in loaded and EMBEDDING in loaded and loaded[HEAD] is not loaded[EMBEDDING]:
             if not torch.equal(loaded[HEAD], loaded[EMBEDDING]):
                 head = next(key for entry in opened.entries if HEAD in entry.ours for key in entry.disk)
