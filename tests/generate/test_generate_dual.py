@@ -14,6 +14,7 @@ from torch.testing import assert_close
 import internvl
 from internvl.generate.captions import CaptionSearch
 from internvl.generate.dual import MAX_TEXT_TOKENS, Dual, square
+from internvl.generate.open_chat import load_chat
 from internvl.load_dual import LoadedDual
 from internvl.zoo import DUAL
 from tiny import tiny_dual, tiny_pictures, tiny_tokenizer
@@ -109,3 +110,9 @@ def test_bad_input_says_what_to_do(dual: Dual, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
     with pytest.raises(ValueError, match="not a picture that Pillow can read"):
         dual.encode_image(tmp_path / "broken.png")
+
+
+def test_a_dual_model_that_is_asked_to_chat_says_what_it_can_do(tmp_path: Path) -> None:
+    internvl.load("tiny-dual").save(tmp_path)
+    with pytest.raises(ValueError, match=r"does not chat; open it by internvl\.load, or use internvl embed"):
+        load_chat(tmp_path)

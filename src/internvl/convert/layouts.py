@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from internvl.config import ChatConfig
-from internvl.convert import native, official
+from internvl.convert import dual, native, official
 from internvl.convert.files import read_json
 
 
 def layout_of(settings: Mapping[str, Any], folder: Path) -> str:
     """ "official" or "native"; ValueError for any other model."""
+    if dual.is_dual(settings):
+        raise ValueError(
+            f"{folder / 'config.json'}: this is InternVL-C or -G, which does not chat; open it by internvl.load, or "
+            "use internvl embed, search, or evaluate with a task (zero-shot, retrieval, captions, probe, segment)"
+        )
     if settings.get("model_type") == native.MODEL_TYPE:
         return "native"
     if settings.get("model_type") == official.MODEL_TYPE:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from typing import Any
 from internvl.data.labelled import report
 from internvl.data.records import Problem
 
+MAX_WORDS = 50
 MAX_TOKENS = 80
 """Prefix, start and end included; longer texts are cut there by the tokenizer (official internvl_g, InternVL-C, -G)."""
-MAX_WORDS = 50
 _CLEANED = re.compile(r'[.!"()*#:;~]')
 
 
@@ -56,11 +56,6 @@ def clean_caption(caption: str, max_words: int = MAX_WORDS) -> str:
     Other scripts keep their letters and their own punctuation. Words are what spaces part, so Chinese is not cut.
     """
     return " ".join(_CLEANED.sub(" ", caption.lower()).split()[:max_words])
-
-
-def count_long(captions: Iterable[str], num_tokens: Callable[[str], int], limit: int = MAX_TOKENS) -> int:
-    """Captions of more than `limit` tokens, whose end the model does not see; `num_tokens` counts all that it adds."""
-    return sum(num_tokens(caption) > limit for caption in captions)
 
 
 def read_karpathy(

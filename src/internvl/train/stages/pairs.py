@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ VISION_PIECE = 64
 """Pictures that a frozen vision encoder sees at a time where the run does not say."""
 
 
-class PairStage:
+class PairStage(ABC):
     """A stage over pairs; a subclass says what learns, which forms of a text it needs, and its losses."""
 
     coefficients: Mapping[str, float]
@@ -45,9 +46,9 @@ class PairStage:
         held_out = run.data.held_out
         self.held_out = self._loader(loaded, held_out, learning=False) if held_out else None
 
+    @abstractmethod
     def wanted(self, name: str) -> bool:
         """Whether a parameter can learn in this stage."""
-        raise NotImplementedError
 
     def begin(self, run: RunConfig, device: torch.device) -> dual.DualLearner:
         self.model.to(device)
@@ -78,8 +79,9 @@ class PairStage:
         """Each loss is a mean over the joint batch, counted once a pair."""
         return {name: float(batch.num_pairs) for name in self.coefficients}
 
+    @abstractmethod
     def losses(self, prepared: PairBatch) -> Mapping[str, Float[Tensor, ""]]:
-        raise NotImplementedError
+        """Loss name -> its mean over the joint batch, counted once a pair."""
 
     def sizes(self, batch: PairBatch) -> dict[str, int]:
         learned = int(batch.contrast.mask.sum()) if batch.labels is None else int((batch.labels != -100).sum())
