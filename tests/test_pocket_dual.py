@@ -49,7 +49,7 @@ def test_what_ships_is_small_enough() -> None:
     state = official(CONFIG, "meta")
     heads = sum(2 * x.numel() for name, x in state.items() if pocket_dual.is_head(name))
     adapters = sum(
-        2 * 16 * sum(x.shape)
+        2 * pocket_dual.RANKS["vision" if name.startswith("vision_model.") else "language"] * sum(x.shape)
         for name, x in state.items()
         if not pocket_dual.is_head(name) and x.ndim == 2 and "layers" in name
     )
@@ -118,8 +118,12 @@ def test_shipped_and_assembled_is_what_was_trained(tiny: dict[str, torch.Tensor]
     old = tmp_path / "shipped" / "vision" / "adapter_of_an_earlier_model.json"
     old.parent.mkdir(parents=True)
     old.touch()
-    size = pocket_dual.ship(tmp_path / "trained", tmp_path / "shipped", rank=2, dtype=torch.float32)
+    size = pocket_dual.ship(
+        tmp_path / "trained", tmp_path / "shipped", ranks={"vision": 2, "language": 4}, dtype=torch.float32
+    )
     assert not old.exists()
+    stored = load_file(tmp_path / "shipped" / "language" / "adapter_model.safetensors")
+    assert {x.shape[0] for name, x in stored.items() if "lora_A" in name} == {4}
     assert size == sum(path.stat().st_size for path in (tmp_path / "shipped").rglob("*.safetensors"))
     assert sorted(load_file(tmp_path / "shipped" / "heads.safetensors")) == sorted(
         n for n in trained if pocket_dual.is_head(n)

@@ -94,6 +94,34 @@ class Texts:
 
 
 @dataclass(frozen=True)
+class TextBatch:
+    """Texts in any language, each with an English one that means the same."""
+
+    texts: Texts
+    """`summarize:` and the text."""
+    english: Int[Tensor, " texts"]
+    """Number of each text's English one among those that its loader names."""
+    translated: Bool[Tensor, " texts"]
+    """False for a text that is its own English one."""
+    sources: tuple[str, ...] = ()
+    """File and line of each text, for messages."""
+
+    @property
+    def num_texts(self) -> int:
+        return int(self.english.shape[0])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TextBatch:
+        return self._moved(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> TextBatch:
+        return self._moved(lambda value: value.pin_memory())
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> TextBatch:
+        texts = Texts(move(self.texts.ids), move(self.texts.mask))
+        return replace(self, texts=texts, english=move(self.english), translated=move(self.translated))
+
+
+@dataclass(frozen=True)
 class PairBatch:
     """Pictures, each with a text in the forms that a stage asks for."""
 

@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ PARTS = {"vision": "vision_model.", "language": "qllama."}
 """Adapted part -> where its keys begin in the official layout."""
 HEAD = "qllama.lm_head.weight"
 """Tied to the embedding, so not in any file."""
-MOST_BYTES, MOST_BYTES_A_FILE = 22_000_000, 20_000_000
+RANKS: Mapping[str, int] = {"vision": 16, "language": 32}
+"""Of the changes that ship. The language model is adapted twice by 16, for texts alone and beside pictures."""
+MOST_BYTES, MOST_BYTES_A_FILE = 24_000_000, 20_000_000
 """Of what ships: 60 MB hold for every `pocket-*` together, `pocket` takes 30."""
 ROUNDING = 2**-8
 """Largest share of a weight's length that a low-rank change may leave over: twice what bfloat16 rounds away."""
@@ -82,7 +85,7 @@ def is_head(name: str) -> bool:
 
 def pocket_dual_folder(shipped: Path | None = None) -> Path:
     """Official-layout folder of `pocket-dual`, assembled once for each state of the shipped files."""
-    rebuild = "pocket_dual_contrastive, then pocket_dual_generative of `internvl train --list`"
+    rebuild = "pocket_dual_text, pocket_dual_contrastive, then pocket_dual_generative of `internvl train --list`"
     return assembled("pocket-dual", shipped or shipped_folder("pocket-dual", HEADS, rebuild), assemble, LAYOUT)
 
 
@@ -116,12 +119,12 @@ def write(state: dict[str, Tensor], tokenizer: Any, target: Path, dtype: torch.d
     write_tokenizer(target, tokenizer)
 
 
-def ship(trained: Path, out: Path, rank: int = 16, dtype: torch.dtype = torch.bfloat16) -> int:
+def ship(trained: Path, out: Path, ranks: Mapping[str, int] = RANKS, dtype: torch.dtype = torch.bfloat16) -> int:
     """What of a trained folder no package has, small enough to ship; returns its bytes.
 
     Heads are kept whole. A matrix of ViT or language model that training changed is kept as the low-rank change that
-    its adapter was, found again by singular values, so nothing but the folder is needed. ValueError where a change is
-    of higher rank, where something else was changed, or where the files are too large.
+    its adapters were, found again by singular values at the rank of its part, so nothing but the folder is needed.
+    ValueError where a change is of higher rank, where something else was changed, or where the files are too large.
     """
     state, base = _folder_state(trained), base_weights()[0]
     lost = sorted(base.keys() - state.keys())
@@ -141,12 +144,13 @@ def ship(trained: Path, out: Path, rank: int = 16, dtype: torch.dtype = torch.bf
             name: state[name].float() for name in base if name.startswith(prefix) and _differs(state, base, name)
         }
         if changed:
-            _write_adapter(out / part, prefix, {n: factors(x, base[n], rank, n) for n, x in changed.items()}, dtype)
+            pairs = {n: factors(x, base[n], ranks[part], n) for n, x in changed.items()}
+            _write_adapter(out / part, prefix, pairs, dtype)
     sizes = {path: path.stat().st_size for path in out.rglob("*.safetensors")}
     if sum(sizes.values()) > MOST_BYTES or max(sizes.values()) > MOST_BYTES_A_FILE:
         raise ValueError(
             f"{out}: {sum(sizes.values()):,} bytes, the largest file {max(sizes.values()):,}; the limits are "
-            f"{MOST_BYTES:,} and {MOST_BYTES_A_FILE:,}; ship with a lower rank than {rank}"
+            f"{MOST_BYTES:,} and {MOST_BYTES_A_FILE:,}; ship with lower ranks than {dict(ranks)}"
         )
     return sum(sizes.values())
 
@@ -204,9 +208,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("trained", type=Path, help="model folder that a run left")
     parser.add_argument("--out", type=Path, default=Path("weights/pocket-dual"))
-    parser.add_argument("--rank", type=int, default=16)
+    for part, rank in RANKS.items():
+        parser.add_argument(f"--{part}-rank", type=int, default=rank)
     asked = parser.parse_args(arguments)
-    size = ship(asked.trained, asked.out, asked.rank)
+    size = ship(asked.trained, asked.out, {"vision": asked.vision_rank, "language": asked.language_rank})
     sys.stdout.write(f"{asked.out}: {size:,} bytes of weights\n")
     return 0
 

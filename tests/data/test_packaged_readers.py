@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from wordnet_files import animals
 
 from internvl.data.packaged import clipart, emojione, gcompris, openmoji, qt, stamps
-from internvl.data.packaged.wordnet import Nouns
 from internvl.data.sheet import sheet
 
 
@@ -226,30 +226,8 @@ def test_boards_give_photos_with_title_and_text(tmp_path: Path) -> None:
     assert found["cat"].names == {"fr": "chat", "zh": "猫"}
 
 
-def wordnet(folder: Path) -> Nouns:
-    """Three animals in WordNet's own file format: entity <- bird <- eagle; a bar of gold is no animal."""
-    lines, places = b"", {}
-    for name, kind, words, parent in (
-        ("animal", 5, ["animal", "beast"], None), ("bird", 5, ["bird"], "animal"), ("eagle", 5, ["eagle"], "bird"),
-        ("gold", 21, ["eagle"], "animal"),
-    ):  # fmt: skip
-        places[name] = len(lines)
-        listed = " ".join(f"{word} 0" for word in words)
-        above = f"001 @ {places[parent]:08d} n 0000" if parent else "000"
-        lines += f"{places[name]:08d} {kind:02d} n {len(words):02x} {listed} {above} | meaning\n".encode()
-    put(folder / "data.noun", lines)
-    index = {"animal": ["animal"], "beast": ["animal"], "bird": ["bird"], "eagle": ["eagle", "gold"]}
-    put(folder / "index.noun", "  1 licence\n" + "".join(
-        f"{word} n {len(of)} 1 @ {len(of)} 0 {' '.join(f'{places[x]:08d}' for x in of)}\n" for word, of in index.items()
-    ))  # fmt: skip
-    put(folder / "noun.exc", "geese goose\n")
-    for part in ("verb", "adj", "adv"):
-        put(folder / f"index.{part}", "fly v 1\n")
-    return Nouns(folder)
-
-
 def test_wordnet_knows_wider_words_synonyms_and_singulars(tmp_path: Path) -> None:
-    nouns = wordnet(tmp_path)
+    nouns = animals(tmp_path)
     eagle = nouns.depicted("eagle")
     assert eagle is not None
     assert nouns.wider(eagle) == ["bird", "animal", "beast"]

@@ -49,6 +49,14 @@ class Dual:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """WordNet's drawable nouns beside the captions of pocket-dual, for its stage on texts alone."""
+
+    out: Path = Path("data/pocket_dual")
+    """Folder that `dual` made."""
+
+
+@dataclass(frozen=True)
 class Show:
     """A contact sheet of random records; or one record as a model sees it: tiles, prompt, what is learned."""
 
@@ -74,7 +82,7 @@ class Show:
 
 def main(arguments: list[str]) -> int:
     asked = tyro.extras.subcommand_cli_from_dict(
-        {"collect": Collect, "build": Build, "dual": Dual, "show": Show, "check": Check},
+        {"collect": Collect, "build": Build, "dual": Dual, "texts": Texts, "show": Show, "check": Check},
         args=arguments,
         prog="internvl data",
     )
@@ -82,6 +90,8 @@ def main(arguments: list[str]) -> int:
         return _collect(asked)
     if isinstance(asked, Dual):
         return _dual(asked)
+    if isinstance(asked, Texts):
+        return _texts(asked)
     if isinstance(asked, Check):
         from internvl.commands.data_check import run
 
@@ -113,6 +123,14 @@ def _dual(asked: Dual) -> int:
 
     collected = asked.collected or collect(workers=asked.workers)
     build(Plan(collected, asked.out, asked.scenes, asked.seed, asked.workers), say)
+    return 0
+
+
+def _texts(asked: Texts) -> int:
+    from internvl.data.collect import wordnet
+    from internvl.data.dual_nouns import FILE, write_texts
+
+    sys.stdout.write(f"{asked.out / FILE}: {write_texts(asked.out, wordnet())} nouns\n")
     return 0
 
 

@@ -94,7 +94,7 @@ class Picture:
 
 def _collect(folder: Path, workers: int) -> None:
     (folder / "pictures").mkdir(parents=True)
-    nouns = Nouns(fetch("wordnet-base") / "usr/share/wordnet")
+    nouns = wordnet()
     with ProcessPoolExecutor(workers) as pool:
         made = pool.map(normalise, sources(), chunksize=16)
         pictures = [p for p in map(partial(_named, nouns=nouns), made) if p is not None]
@@ -109,6 +109,11 @@ def _collect(folder: Path, workers: int) -> None:
     _easy_vqa(folder / "easy_vqa")
     _fonts(folder / "fonts")
     (folder / "words.txt").write_text("\n".join(common_words(nouns)) + "\n")
+
+
+def wordnet() -> Nouns:
+    """Of the package."""
+    return Nouns(fetch("wordnet-base") / "usr/share/wordnet")
 
 
 def _image_open(data: bytes) -> Image.Image:

@@ -51,20 +51,23 @@ class Pair:
         return int.from_bytes(self.name[:8], "little", signed=True)
 
 
-def parse_pair(line: bytes, root: str = "", source: str = "line") -> Pair:
-    """One line; ValueError with file and line where it is not a pair."""
+def parse_pair(line: bytes, root: str = "", source: str = "line", pictured: bool = True) -> Pair:
+    """One line; ValueError with file and line where it is not a pair. Unless `pictured`, it may have no picture, which
+    is an empty path."""
     try:
         data = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: not JSON ({error}); write one object on a line") from error
     image = data.get("image") if isinstance(data, Mapping) else None
-    if not isinstance(image, str) or not image:
+    if image is None and isinstance(data, Mapping) and not pictured:
+        image = ""
+    elif not isinstance(image, str) or not image:
         raise ValueError(f"{source}: `image` is {str(image)[:60]!r}; give the path of one picture")
     language = data.get("language", "")
     if not isinstance(language, str):
         raise ValueError(f'{source}: `language` is {language!r}; write it as text, such as "en"')
     captions = _captions(data.get("caption"), source)
-    return Pair(os.path.join(root, image), captions, language.strip().lower(), source)
+    return Pair(os.path.join(root, image) if image else "", captions, language.strip().lower(), source)
 
 
 def _captions(value: Any, source: str) -> tuple[str, ...]:

@@ -188,6 +188,18 @@ def relation_sum(
     return torch.as_tensor(apart) / len(parts) * len(said)
 
 
+def neighbours_sum(
+    said: Float[Tensor, "texts dim"], target: Float[Tensor, "texts dim"], temperature: float
+) -> Float[Tensor, ""]:
+    """Sum over texts of the divergence (nats) of where a text lies among the targets of the batch from where its own
+    target lies: softmax over cosines / temperature. Unit vectors both; 0 where the student says what the teacher says.
+    """
+    said, target = said.float(), target.float()
+    wanted = (target @ target.T / temperature).log_softmax(-1)
+    found = (said @ target.T / temperature).log_softmax(-1)
+    return F.kl_div(found, wanted, reduction="sum", log_target=True)
+
+
 def _similarities(vectors: Float[Tensor, "tiles dim"]) -> Float[Tensor, "tiles tiles"]:
     unit = F.normalize(vectors - vectors.mean(0), dim=-1)
     return unit @ unit.T

@@ -25,6 +25,11 @@ def in_pieces(encode: Callable[..., Tensor], inputs: Sequence[Tensor], size: int
     return torch.cat([checkpoint(encode, *piece, use_reentrant=False) for piece in pieces])
 
 
+def texts_in_pieces(encode: Callable[..., Tensor], ids: Tensor, mask: Tensor, size: int | None) -> Tensor:
+    """`encode(ids, mask)`: rows of like length together, or `size` at a time where memory is short."""
+    return by_length(encode, ids, mask) if size is None else in_pieces(encode, [ids, mask], size)
+
+
 def by_length(encode: Callable[..., Tensor], ids: Tensor, mask: Tensor, pieces: int = PIECES) -> Tensor:
     """`encode(ids, mask)`, rows of like length together and cut to their longest: captions of many languages differ
     tenfold in tokens, and padding costs what text costs. Rows are padded at their end."""

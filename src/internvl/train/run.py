@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
-from internvl.train.settings import PARTS, Data, Distill, Optimiser, Pairs, Part, Ranks, Schedule, Tokens, Watch
+from internvl.train.settings import PARTS, Data, Distill, Optimiser, Pairs, Part, Ranks, Schedule, Text, Tokens, Watch
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class RunConfig:
     """Which weights become the trained model in `out/model`."""
     pairs: Pairs = Pairs()
     distill: Distill = Distill()
+    text: Text = Text()
     ranks: Ranks = Ranks()
     watch: Watch = Watch()
 
@@ -100,6 +101,7 @@ def _check(run: RunConfig) -> None:
         "optimiser.peak_lr": run.optimiser.peak_lr,
         "ranks.replicas": run.ranks.replicas,
         "watch.sample_tokens": run.watch.sample_tokens,
+        "text.temperature": run.text.temperature,
     }
     for name, value in positive.items():
         if value is not None and value <= 0:

@@ -167,6 +167,20 @@ class Distill:
 
 
 @dataclass(frozen=True)
+class Text:
+    """From a sentence encoder to the text side of InternVL-C, in all languages (arXiv 2004.09813): stage `text`."""
+
+    teacher: str = ""
+    """Folder of an English sentence encoder, the mean of a BERT's last states; the packaged all-MiniLM-L6-v2 when not
+    given. As wide as the model's embeddings."""
+    temperature: float = 0.05
+    """Of the main loss, which of the batch's English texts a text is near to (that of sentence-transformers' own
+    in-batch loss: scale 20)."""
+    cosine: float = 1.0
+    """Weight of a second loss, 1 - cosine to the teacher's vector."""
+
+
+@dataclass(frozen=True)
 class Ranks:
     """How the model lies on several ranks (docs/ranks.md); one rank needs none of it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -25,6 +26,8 @@ class Sense:
     parents: tuple[int, ...]
     instance: bool = False
     """One certain thing: Africa, Jupiter."""
+    gloss: str = ""
+    """What it is, in English, without examples."""
 
     def certain(self, word: str) -> bool:
         """Whether `word` in this sense is a proper name."""
@@ -57,12 +60,13 @@ class Nouns:
 
     @cache  # noqa: B019 one instance lives as long as the process
     def sense(self, offset: int) -> Sense:
-        line = self._data[offset : self._data.index(b"\n", offset)].decode().split(" | ")[0].split()
+        head, _, told = self._data[offset : self._data.index(b"\n", offset)].decode().partition(" | ")
+        line = head.split()
         num_words = int(line[3], 16)
         words = tuple(line[4 + 2 * i].replace("_", " ") for i in range(num_words))
         rest = line[5 + 2 * num_words :]
         parents = tuple(int(rest[i + 1]) for i in range(0, len(rest) - 3, 4) if rest[i] in ("@", "@i"))
-        return Sense(int(line[1]), words, parents, "@i" in rest)
+        return Sense(int(line[1]), words, parents, "@i" in rest, told.split(";")[0].strip())
 
     def base(self, word: str) -> str:
         """Singular of a noun; the word itself where WordNet knows no other."""
@@ -108,6 +112,13 @@ class Nouns:
                 stem = word.removesuffix(end)
                 forms += [stem, stem + "e", stem[:-1]]
         return any(form in self.english for form in forms)
+
+    def drawable(self) -> Iterator[tuple[str, Sense]]:
+        """Every word, no proper name, whose most frequent meaning can be drawn and is called so first; by alphabet."""
+        for word, offsets in self._offsets.items():
+            sense = self.sense(offsets[0])
+            if sense.kind in DEPICTABLE and word == sense.words[0] and not sense.certain(word):
+                yield word, sense
 
     def depicted(self, word: str, kinds: frozenset[int] = frozenset()) -> Sense | None:
         """The likeliest sense that can be drawn; `kinds` are preferred where the folder of a picture says so."""

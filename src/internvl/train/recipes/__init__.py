@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 
-from internvl.train.recipes import mini, pocket, pocket_dual, tiny, v1_0, v1_1, v1_2, v1_5, v2_0, v2_5
+from internvl.train.recipes import mini, pocket, pocket_dual, tiny, tiny_text, v1_0, v1_1, v1_2, v1_5, v2_0, v2_5
 from internvl.train.recipes.official import Family
 from internvl.train.run import RunConfig
 
@@ -39,6 +39,7 @@ def _of(families: Sequence[Family]) -> dict[str, Recipe]:
 GROUPS: dict[str, dict[str, Recipe]] = {
     "here, on random weights and on `pocket`": {
         "tiny_sft": Recipe(tiny.tiny_sft, tiny.prepare),
+        "tiny_text": Recipe(tiny_text.tiny_text, tiny_text.prepare),
         "tiny_contrastive": Recipe(v1_0.tiny_contrastive, v1_0.prepare_tiny),
         "tiny_generative": Recipe(v1_0.tiny_generative, v1_0.prepare_tiny),
         "pocket_align_connector": Recipe(pocket.pocket_align_connector, pocket.prepare),
@@ -48,6 +49,7 @@ GROUPS: dict[str, dict[str, Recipe]] = {
         "pocket_connector_cpu": Recipe(pocket.pocket_connector_cpu, pocket.prepare),
         "pocket_sft_cpu": Recipe(pocket.pocket_sft_cpu, pocket.prepare),
         "pocket_distill": Recipe(pocket.pocket_distill, pocket.prepare),
+        "pocket_dual_text": Recipe(pocket_dual.pocket_dual_text, pocket_dual.prepare),
         "pocket_dual_contrastive": Recipe(pocket_dual.pocket_dual_contrastive, pocket_dual.prepare),
         "pocket_dual_generative": Recipe(pocket_dual.pocket_dual_generative, pocket_dual.prepare),
     },

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from internvl.train.run import RunConfig
 from internvl.train.stage import Stage
-from internvl.train.stages import align, contrastive, distill, generative, sft
+from internvl.train.stages import align, contrastive, distill, generative, sft, text
 
 STAGES: dict[str, Callable[[RunConfig], Stage]] = {
     "sft": sft.open_sft,
@@ -14,6 +14,7 @@ STAGES: dict[str, Callable[[RunConfig], Stage]] = {
     "contrastive": contrastive.open_contrastive,
     "generative": generative.open_generative_stage,
     "distill": distill.open_distill,
+    "text": text.open_text,
 }
 
 

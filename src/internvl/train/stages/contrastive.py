@@ -18,7 +18,7 @@ from internvl.load_dual import load_dual
 from internvl.models.contrastive import unit
 from internvl.train.contrast import contrast
 from internvl.train.dual import is_generative
-from internvl.train.pieces import by_length, in_pieces
+from internvl.train.pieces import in_pieces, texts_in_pieces
 from internvl.train.run import RunConfig
 from internvl.train.stages.pairs import PairStage, with_tokenizer
 
@@ -49,9 +49,7 @@ class Contrastive(PairStage):
             shown = [batch.pixels] if batch.kept is None else [batch.pixels, batch.kept]
             images = in_pieces(lambda *some: self._pooled(self._look(*some)), shown, size)
         texts = batch.contrast
-        if size is None:
-            return images, by_length(self.model.encode_text, texts.ids, texts.mask)
-        return images, in_pieces(self.model.encode_text, [texts.ids, texts.mask], size)
+        return images, texts_in_pieces(self.model.encode_text, texts.ids, texts.mask, size)
 
     def evaluate(self, device: torch.device) -> dict[str, float]:
         """Loss over all held-out pairs as one batch, and how often the nearest is a right one, both ways."""
