@@ -101,7 +101,7 @@ def parse_with(module: str, kind: str) -> Any:
 
 
 def parse_data(words: list[str]) -> None:
-    kinds = {"collect": "Collect", "build": "Build", "dual": "Dual", "show": "Show", "check": "Check"}
+    kinds = {"collect": "Collect", "build": "Build", "dual": "Dual", "texts": "Texts", "show": "Show", "check": "Check"}
     parse_with("data", kinds[words[0]])(words[1:])
 
 

@@ -90,7 +90,8 @@ def kept_vectors(
     if path.is_file():
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("digest") == digest:
-                return file.get_tensor("vectors")
+                found: Tensor = file.get_tensor("vectors")
+                return found
     vectors = encoder.encode(texts).half().cpu()
     if write:
         path.parent.mkdir(parents=True, exist_ok=True)
