@@ -130,7 +130,7 @@ class PairBatch:
     contrast: Texts
     """`summarize:` and the text."""
     same: Int[Tensor, " pairs"]
-    """Equal for pairs of one picture or one text (`image_text.alike`): they are no negatives of each other."""
+    """Equal for pairs of one picture or one text of this batch (`image_text.alike`): no negatives of each other."""
     valid: Bool[Tensor, " pairs"]
     """False for a pair that stands in for one that could not be read: it counts in no loss."""
     kept: Int[Tensor, "pairs kept"] | None = None
@@ -149,6 +149,10 @@ class PairBatch:
     """Names of `pixels`, where features are kept."""
     sources: tuple[str, ...] = ()
     """File and line of each pair, for messages."""
+    reading: Int[Tensor, " pairs"] | None = None
+    """Equal where texts are, on any rank."""
+    place: int = 0
+    """Pairs of all ranks before this joint batch: what is drawn about it follows from it, on any number of ranks."""
 
     @property
     def num_pairs(self) -> int:

@@ -152,7 +152,12 @@ def hard(logits: torch.Tensor, same: torch.Tensor | None = None, usable: torch.T
     pairs = len(logits)
     texts = Texts(torch.arange(pairs)[:, None].expand(-1, 3), torch.ones(pairs, 3, dtype=torch.long))
     usable = torch.ones(pairs, dtype=torch.bool) if usable is None else usable
-    return hard_rows(texts, logits, usable, same, torch.Generator().manual_seed(0))
+    return hard_rows(texts, both_ways(logits), usable, same, torch.Generator().manual_seed(0))
+
+
+def both_ways(logits: torch.Tensor) -> torch.Tensor:
+    """Of pictures and of texts, on one process."""
+    return torch.stack([logits, logits.T])
 
 
 def test_hard_negatives_are_the_similar_ones_and_never_the_own() -> None:
@@ -171,7 +176,7 @@ def test_hard_negatives_follow_the_softmax() -> None:
     generator, found = torch.Generator().manual_seed(1), []
     texts = Texts(torch.arange(3)[:, None], torch.ones(3, 1, dtype=torch.long))
     for _ in range(2000):
-        found.append(int(hard_rows(texts, logits, torch.ones(3).bool(), None, generator).texts.ids[6, 0]))
+        found.append(int(hard_rows(texts, both_ways(logits), torch.ones(3).bool(), None, generator).texts.ids[6, 0]))
     assert found.count(2) / 2000 == pytest.approx(math.e / (1 + math.e), abs=0.03)
     assert 0 not in found
 
@@ -185,7 +190,7 @@ def test_hard_negatives_spare_other_captions_of_one_picture_and_empty_texts() ->
 
 def test_texts_that_read_the_same_are_no_negatives() -> None:
     texts = Texts(torch.tensor([[5], [5], [6]]), torch.ones(3, 1, dtype=torch.long))
-    rows = hard_rows(texts, torch.zeros(3, 3), torch.ones(3).bool(), None, torch.Generator().manual_seed(0))
+    rows = hard_rows(texts, torch.zeros(2, 3, 3), torch.ones(3).bool(), None, torch.Generator().manual_seed(0))
     assert rows.texts.ids[6:8, 0].tolist() == [6, 6]
     assert rows.image_of_row[3:5].tolist() == [2, 2]
 
@@ -194,10 +199,10 @@ def test_hard_matching_learns_both_kinds() -> None:
     model, batch = tiny_dual(), tiny_align_batch()
     losses = [
         alignment_losses(model, batch, negatives="hard", generator=torch.Generator().manual_seed(seed))
-        for seed in (0, 0, 1)
+        for seed in (0, 0, 1, 2, 3)
     ]
     assert torch.equal(losses[0]["itm"], losses[1]["itm"])
-    assert not torch.equal(losses[0]["itm"], losses[2]["itm"])
+    assert any(not torch.equal(losses[0]["itm"], other["itm"]) for other in losses[2:])
     assert torch.equal(losses[0]["itg"], losses[2]["itg"])
     sum(losses[0].values()).backward()
     learned = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
@@ -253,8 +258,7 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
     numbers of empty texts and of caption tokens."""
     mp.start_processes(_on_rank, (2, str(tmp_path)), nprocs=2, start_method="spawn")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    order = torch.tensor([0, 1, 4, 5, 2, 3, 6, 7])  # the first half of each rank is matched with foreign texts
-    one = losses_and_gradients(rows_of(tiny_align_batch(8), order))
+    one = losses_and_gradients(tiny_align_batch(8))
     for part_of in (0, 1):
         assert ranks[0][part_of].keys() == one[part_of].keys()
         for name, expected in one[part_of].items():

@@ -129,6 +129,12 @@ class PairSample:
     source: str
 
     @property
+    def reading(self) -> int:
+        """A number for the text, by what the model reads."""
+        digest = hashlib.blake2b(repr(self.contrast.ids).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little", signed=True)
+
+    @property
     def is_cut(self) -> bool:
         return any(row is not None and row.is_cut for row in (self.contrast, self.match, self.caption))
 
@@ -189,6 +195,7 @@ def collate_pairs(samples: Sequence[PairSample], valid: Sequence[bool], side: in
         names=tuple(sample.name for sample in samples) if named else (),
         fresh=tuple(sample.name for sample in fresh) if named else (),
         sources=tuple(sample.source for sample in samples),
+        reading=torch.tensor([sample.reading for sample in samples]),
     )
 
 
@@ -197,10 +204,10 @@ def alike(samples: Sequence[PairSample]) -> list[int]:
 
     It is the least of their pictures' numbers, so that ranks agree where they hold the same picture.
     """
-    owner: dict[int | tuple[int, ...], int] = {}
+    owner: dict[tuple[str, int], int] = {}
     group = list(range(len(samples)))
     for place, sample in enumerate(samples):
-        for key in (sample.number, tuple(sample.contrast.ids)):
+        for key in (("picture", sample.number), ("text", sample.reading)):
             old, new = group[owner.setdefault(key, place)], group[place]
             group = [new if one == old else one for one in group]
     least = {one: min(s.number for s, of in zip(samples, group, strict=True) if of == one) for one in set(group)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -99,7 +99,7 @@ class _Work(Dataset[_Made]):
 
 @dataclass
 class PairLoader:
-    """Batches of `samples` pairs of this rank; `state_dict` is the place of the next one."""
+    """Batches of `samples` pairs, those of all ranks together; `state_dict` is the place of the next one."""
 
     sets: Sequence[DataSet]
     encoder: PairEncoder
@@ -121,17 +121,23 @@ class PairLoader:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ValueError(f"data.batch_samples is {self.samples}; it must be at least 1")
+        if self.samples % self.ranks:
+            raise ValueError(
+                f"data.batch_samples is {self.samples} pairs a step, which {self.ranks} ranks cannot share evenly; set "
+                f"it to a multiple of {self.ranks}"
+            )
         self._mixture = Mixture(self.sets, self.seed, self.shuffle)
         self._entry = 0
         self._orders: dict[int, Int[np.ndarray, " entries"]] = {}
 
     def __iter__(self) -> Iterator[PairBatch]:
-        """From where the loader stands, without end."""
-        size = self.samples * self.ranks
-        starts = iter(range(self._entry + self.rank * self.samples, 2**62, size))
-        for made in self._make([self._at(start + n) for n in range(self.samples)] for start in starts):
-            self._entry += size
-            yield made
+        """This rank's part of each batch, from where the loader stands, without end."""
+        own = self.samples // self.ranks
+        starts = iter(range(self._entry + self.rank * own, 2**62, self.samples))
+        for made in self._make([self._at(start + n) for n in range(own)] for start in starts):
+            place = self._entry
+            self._entry += self.samples
+            yield replace(made, place=place)
 
     def once(self) -> Iterator[PairBatch]:
         """One epoch in order, the last batch smaller; the same on every rank; the loader's own place stays."""
@@ -144,8 +150,8 @@ class PairLoader:
         return len(self._order(0))
 
     def __len__(self) -> int:
-        """Joint batches that cover an epoch."""
-        return -(-self.num_pairs // (self.samples * self.ranks))
+        """Batches that cover an epoch."""
+        return -(-self.num_pairs // self.samples)
 
     def state_dict(self) -> dict[str, Any]:
         return {"entry": self._entry, "fingerprint": self._fingerprint}

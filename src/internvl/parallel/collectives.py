@@ -1,8 +1,10 @@
-"""What ranks tell each other: gather with gradient, sums. One process, or no process group: the identity."""
+"""What ranks tell each other: rows with their gradient, sums. One process, or no process group: the identity."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -11,13 +13,28 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+_ALONE = ContextVar("alone", default=False)
+
 
 def num_ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() and not _ALONE.get() else 1
 
 
 def rank() -> int:
     return dist.get_rank() if num_ranks() > 1 else 0
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, in this thread, there is one rank: for what every rank computes whole and alike, such as a held-out loss.
+
+    Sharded weights are gathered all the same, so every rank goes through it.
+    """
+    before = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(before)
 
 
 def is_lead() -> bool:
@@ -37,6 +54,15 @@ def total_on_host(values: Sequence[float]) -> list[float]:
     summed = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(summed)
     return summed.tolist()
+
+
+def largest_on_host(value: int) -> int:
+    """The largest of all ranks' numbers."""
+    if num_ranks() == 1:
+        return value
+    found = torch.tensor([value])
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
 
 
 def deal_once(batches: Iterable[T]) -> Iterator[tuple[T, bool]]:
@@ -60,6 +86,17 @@ def gather(x: Tensor) -> Tensor:
     if num_ranks() == 1:
         return x
     out: Tensor = _Gather.apply(x)
+    return out
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of `gather(x)` by number, each sent by the rank that has it and nothing else: (len(index), ...).
+
+    All ranks call it, with as many rows of x and any number of wanted ones. The gradient is as that of `gather`.
+    """
+    if num_ranks() == 1:
+        return x[index]
+    out: Tensor = _Take.apply(x, index)
     return out
 
 
@@ -95,3 +132,33 @@ class _Gather(torch.autograd.Function):
         # Summed whole and cut: gloo has no reduce-scatter.
         whole = total(grads[0].contiguous())
         return whole.narrow(0, rank() * ctx.rows, ctx.rows)
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        owner = index // len(x)
+        order = owner.argsort(stable=True)
+        wanted = torch.bincount(owner, minlength=num_ranks())
+        given = torch.empty_like(wanted)
+        dist.all_to_all_single(given, wanted)
+        ctx.counts = wanted.tolist(), given.tolist()
+        rows = _sent(index[order] % len(x), *ctx.counts)
+        ctx.save_for_backward(rows, order)
+        ctx.num_rows = len(x)
+        out = x.new_empty(len(index), *x.shape[1:])
+        out[order] = _sent(x[rows], ctx.counts[1], ctx.counts[0])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        rows, order = ctx.saved_tensors
+        returned = _sent(grads[0][order], *ctx.counts)
+        return returned.new_zeros(ctx.num_rows, *returned.shape[1:]).index_add_(0, rows, returned), None
+
+
+def _sent(x: Tensor, to: list[int], back: list[int]) -> Tensor:
+    """Rows of x, `to[r]` of them to each rank r in turn; what comes from them, `back[r]` each."""
+    out = x.new_empty(sum(back), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), output_split_sizes=back, input_split_sizes=to)
+    return out

@@ -2,7 +2,8 @@
 
 A block is one unit: its weights are gathered just before it runs. All the rest (embeddings, connector, norms, head) is
 one unit with `Whole`, through which everything that uses the model is called, so that any stage works unchanged.
-Which units run must not depend on a batch: a rank that leaves one out would leave the others waiting.
+Which units run must not depend on a batch: a rank that leaves one out would leave the others waiting. A single number
+(InternVL-C's logit scale) cannot be cut: every rank keeps it, and their gradients are averaged.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def shard(
     reshard: bool = True,
     offload: bool = False,
 ) -> None:
-    """Replace every parameter by this rank's share of it, unit by unit.
+    """Replace every parameter but single numbers by this rank's share of it, unit by unit.
 
     `low`: gather in bfloat16 and sum gradients in float32. `reshard`: give the weights of a block back after its
     forward pass and gather them again for its backward pass. `offload`: shares, gradients and what the optimiser
@@ -71,7 +72,10 @@ def shard(
         "mesh": make_mesh(device, replicas),
         "mp_policy": precision,
         "offload_policy": CPUOffloadPolicy() if offload and device.type == "cuda" else OffloadPolicy(),
+        "ignored_params": {p for p in whole.parameters() if not p.ndim},
     }
+    for parameter in settings["ignored_params"]:
+        parameter.data = parameter.data.to(device)
     for unit in units(whole):
         fully_shard(unit, reshard_after_forward=reshard, **settings)
     fully_shard(whole, **settings)
@@ -89,6 +93,13 @@ def give_back(whole: Whole) -> None:
     """Free what was gathered for a forward pass that no backward pass follows."""
     if isinstance(whole, FSDPModule):
         whole.reshard()
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Of what every rank keeps whole, in place; sharding does so for all the rest."""
+    for parameter in parameters:
+        if not isinstance(parameter, DTensor) and parameter.grad is not None:
+            parameter.grad.copy_(collectives.total(parameter.grad) / collectives.num_ranks())
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], limit: float = math.inf) -> Tensor:

@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from internvl.batch import Texts
 from internvl.models.contrastive import DualModel
 from internvl.models.qllama import Cache
+from internvl.parallel import collectives
 from internvl.tokens import IGNORE_INDEX
 from internvl.train.contrast import contrast, share
+from internvl.train.joint import all_texts, brought, first_row
 from internvl.train.losses import chunked_sum, shift
 from internvl.train.pieces import in_pieces
 
@@ -49,7 +51,7 @@ class AlignmentBatch:
     negatives: Texts | None = None
     """A text of another picture for each pair, drawn by the data: what the official code matches against."""
     same: Int[Tensor, " pairs"] | None = None
-    """Number of each pair's picture: pairs of one picture are no negatives of each other."""
+    """Number of each pair's picture, on any rank: pairs of one picture are no negatives of each other."""
     valid: Bool[Tensor, " pairs"] | None = None
     """False for pairs that count in no loss; all count where not given."""
 
@@ -65,10 +67,11 @@ def alignment_losses(
 ) -> dict[str, Float[Tensor, ""]]:
     """ "itc", "itm" and "itg", each a mean over all ranks' pairs or tokens as `contrast` returns it.
 
-    `negatives` "given" matches the first half of the pictures with `batch.negatives` and the second with their own
-    texts (official); "hard" draws them in the batch by similarity from `generator` (BLIP-2), 3 rows a pair. `features`
-    replaces the pass through a frozen vision encoder. With `piece`, so many rows are in a graph at a time: the same
-    losses and gradients from less memory, for a second look at the pictures and a second pass (`pieces.py`).
+    `negatives` "given" matches the first half of all ranks' pictures with `batch.negatives` and the second with their
+    own texts (official); "hard" draws them among all ranks' pairs by similarity (BLIP-2), 3 rows a pair, from
+    `generator`: in the same state on every rank, it draws what one process would. `features` replaces the pass through
+    a frozen vision encoder. With `piece`, so many rows are in a graph at a time: the same losses and gradients from
+    less memory, for a second look at the pictures and a second pass (`pieces.py`).
     """
     if features is None:
         if batch.pixel_values is None:
@@ -81,16 +84,16 @@ def alignment_losses(
     scale, valid = model.logit_scale.exp(), batch.contrast.longer_than(EMPTY_CONTRAST) & counted
     itc = contrast(images, texts, scale, valid=valid, same=batch.same, smoothing=model.config.label_smoothing)
     if negatives == "hard":
-        usable = batch.match.longer_than(EMPTY_MATCH) & counted
-        logits = (scale * images @ texts.T).detach().float()
-        rows = hard_rows(batch.match, logits, usable, batch.same, generator)
+        rows = mined_rows(batch, images, texts, scale, counted, generator)
+        shown, places = brought(features, rows.image_of_row)
+        rows = replace(rows, image_of_row=places)
     elif negatives == "given":
-        rows = given_rows(batch)
+        rows, shown = given_rows(batch), features
         rows = replace(rows, labels=rows.labels.masked_fill(~counted, IGNORE_INDEX))
     else:
         raise ValueError(f"negatives {negatives!r}; they are 'given' or 'hard'")
     itg = captions(model, caption_states(model, features, seen, batch.caption, piece), batch)
-    return {"itc": itc, "itm": matching(model, features, rows, piece), "itg": itg}
+    return {"itc": itc, "itm": matching(model, shown, rows, piece), "itg": itg}
 
 
 @dataclass(frozen=True)
@@ -99,55 +102,82 @@ class MatchRows:
 
     texts: Texts
     image_of_row: Int[Tensor, " rows"]
+    """By its number among those of this rank; of hard rows, of all ranks."""
     labels: Int[Tensor, " rows"]
 
 
 def given_rows(batch: AlignmentBatch) -> MatchRows:
-    """The first B - B // 2 pictures against a foreign text, the last B // 2 with their own (official forward)."""
+    """The first B - B // 2 pictures of all ranks against a foreign text, the last B // 2 with their own.
+
+    Official forward, where B counts the pairs of a rank.
+    """
     if batch.negatives is None:
         raise ValueError("the batch has no negatives; draw one text of another picture for each pair, or use 'hard'")
     num_pairs = len(batch.match.ids)
+    num_all = num_pairs * collectives.num_ranks()
     images = torch.arange(num_pairs, device=batch.match.ids.device)
-    labels = (images >= num_pairs - num_pairs // 2).long()
+    labels = (images + first_row(num_pairs) >= num_all - num_all // 2).long()
     own, foreign = padded(batch.match, batch.negatives)
     chosen = labels.bool()[:, None]
     texts = Texts(torch.where(chosen, own.ids, foreign.ids), torch.where(chosen, own.mask, foreign.mask))
     return MatchRows(texts, images, labels.masked_fill(~texts.longer_than(EMPTY_MATCH), IGNORE_INDEX))
 
 
+@torch.no_grad()
+def mined_rows(
+    batch: AlignmentBatch,
+    images: Float[Tensor, "pairs embed"],
+    texts: Float[Tensor, "pairs embed"],
+    scale: Float[Tensor, ""],
+    counted: Bool[Tensor, " pairs"],
+    generator: torch.Generator | None,
+) -> MatchRows:
+    """`hard_rows` by the vectors of all ranks."""
+    usable = (batch.match.longer_than(EMPTY_MATCH) & counted).long()
+    others = [collectives.gather(x) for x in (texts, images)]
+    logits = torch.stack([(scale * own @ all_.T).float() for own, all_ in zip((images, texts), others, strict=True)])
+    same = None if batch.same is None else collectives.gather(batch.same)
+    return hard_rows(all_texts(batch.match), logits, collectives.gather(usable).bool(), same, generator)
+
+
 def hard_rows(
     texts: Texts,
-    logits: Float[Tensor, "pairs pairs"],
-    usable: Bool[Tensor, " pairs"],
-    same: Int[Tensor, " pairs"] | None,
+    logits: Float[Tensor, "2 pairs all_pairs"],
+    usable: Bool[Tensor, " all_pairs"],
+    same: Int[Tensor, " all_pairs"] | None,
     generator: torch.Generator | None,
 ) -> MatchRows:
     """Each pair as it is; its text with a foreign picture; its picture with a foreign text (LAVIS blip2_qformer.py).
 
-    Foreign ones are drawn within this rank's batch with the probability that the contrastive logits give them. A pair
-    without a possible negative, or with an empty text, is left out; a text that reads the same is no negative.
+    `logits`: this rank's pictures against the texts of all ranks, and its texts against their pictures. Foreign ones
+    are drawn with the probability that these give them. A pair without a possible negative, or with an empty text, is
+    left out; a text that reads the same is no negative.
     """
-    num_pairs = len(logits)
-    own = torch.arange(num_pairs, device=logits.device)
-    numbers = own if same is None else same
-    different = (texts.ids[:, None] != texts.ids).any(-1)
-    allowed = (numbers[:, None] != numbers) & different & usable[:, None] & usable
-    some = allowed.any(1)
-    image_of_text = draw(logits.T, allowed, generator)
-    text_of_image = draw(logits, allowed, generator)
-    index = torch.cat([own, own, text_of_image])
+    num_pairs, num_all = logits.shape[1:]
+    everyone = torch.arange(num_all, device=logits.device)
+    own = everyone[first_row(num_pairs) :][:num_pairs]
+    numbers = everyone if same is None else same
+    reading = texts.ids.unique(dim=0, return_inverse=True)[1]
+    allowed = usable[own, None] & usable
+    for x in (numbers, reading):
+        allowed &= x[own, None] != x
+    device = logits.device if generator is None else generator.device
+    chances = torch.rand(2, num_all, generator=generator, device=device).to(logits.device)[:, own]
+    text_of_image, image_of_text = (draw(x, allowed, chance) for x, chance in zip(logits, chances, strict=True))
     labels = torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)])
-    fits = torch.cat([usable, some, some])
-    return MatchRows(texts.rows(index), torch.cat([own, image_of_text, own]), labels.masked_fill(~fits, IGNORE_INDEX))
+    some = allowed.any(1)
+    fits = torch.cat([usable[own], some, some])
+    chosen = texts.rows(torch.cat([own, own, text_of_image]))
+    return MatchRows(chosen, torch.cat([own, image_of_text, own]), labels.masked_fill(~fits, IGNORE_INDEX))
 
 
-def draw(logits: Tensor, allowed: Tensor, generator: torch.Generator | None) -> Int[Tensor, " rows"]:
-    """One allowed column for each row, by softmax; column 0 where none is allowed."""
+def draw(
+    logits: Float[Tensor, "rows columns"], allowed: Bool[Tensor, "rows columns"], chance: Float[Tensor, " rows"]
+) -> Int[Tensor, " rows"]:
+    """One allowed column for each row, by softmax: where its `chance` in [0, 1) falls. Column 0 where there is none."""
     nothing = ~allowed.any(1, keepdim=True)
-    chances = logits.masked_fill(~allowed & ~nothing, -torch.inf).softmax(-1)
-    if generator is not None:
-        chances = chances.to(generator.device)
-    drawn = torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
+    upto = logits.double().masked_fill(~allowed & ~nothing, -torch.inf).softmax(-1).cumsum(-1)
+    drawn = torch.searchsorted(upto, upto[:, -1:] * chance[:, None].double(), right=True)[:, 0]
     return drawn.masked_fill(nothing[:, 0], 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import time
@@ -18,6 +19,9 @@ from internvl.parallel import collectives
 from internvl.train.track import Tracker
 
 Number = float | int | str
+
+CURVE_EVERY_S = 60.0
+"""Least time between two drawings of the loss curve, which takes half a second."""
 
 
 class Metrics:
@@ -171,6 +175,28 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Curve:
+    """`loss.png` of a run, drawn by the first rank."""
+
+    def __init__(self, out: Path, reporter: Reporter) -> None:
+        self._out, self._reporter = out, reporter
+        self._drawn_s = time.monotonic()
+
+    def draw_if_due(self) -> None:
+        """Once in CURVE_EVERY_S."""
+        if time.monotonic() - self._drawn_s > CURVE_EVERY_S:
+            self.draw()
+
+    def draw(self) -> None:
+        self._drawn_s = time.monotonic()
+        if not collectives.is_lead():
+            return
+        if importlib.util.find_spec("matplotlib") is None:
+            self._reporter.say("no loss.png, which needs: pip install 'internvl[train]'")
+        else:
+            draw_curve(self._out / "metrics.jsonl", self._out / "loss.png")
 
 
 def draw_curve(metrics: Path, picture: Path) -> None:

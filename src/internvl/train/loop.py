@@ -6,7 +6,6 @@ and pinned by a thread meanwhile.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shutil
@@ -34,9 +33,6 @@ Evaluator = Callable[[torch.device], Mapping[str, Any]]
 
 BEST = "held_out_loss"
 """The number by which the best checkpoint is chosen: lowest wins."""
-
-CURVE_EVERY_S = 60.0
-"""Least time between two drawings of the loss curve, which takes half a second."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,7 @@ class Trainer:
         self.guard = guard.Guard(self.out)
         self.watchdog = Watchdog(self.out, run.watch.step_limit_s)
         self.last: dict[str, float] = {}
-        self.drawn_s = time.monotonic()
+        self.curve = log.Curve(self.out, self.reporter)
 
     def resume(self, path: Path) -> None:
         """Stand where `path` was written."""
@@ -177,8 +173,7 @@ class Trainer:
         losses = {name: torch.zeros((), device=self.device) for name in weights}
         for item in window:
             self._backward(item, weights, losses)
-        if collectives.num_ranks() > 1 and not num_tiles:
-            spread.forget_unseen(self.learner)
+        spread.settle(self.learner, num_tiles)
         norm = shard.clip_gradients(self.parameters, self.run.optimiser.clip or math.inf)
         self.guard.add(guard.Step(self.step + 1, losses, norm, names, tuple(window)))
         if self.device.type == "cpu":  # nothing to wait for there, so before the weights are touched
@@ -268,14 +263,13 @@ class Trainer:
         self._check_finite()
         state = checkpoint.State(self.step, self.cursor, self.elapsed_s, self.best, self.frozen)
         self.checkpoints.save(self.learner, self.optimizer, state, self.ema.average, behind)
-        if time.monotonic() - self.drawn_s > CURVE_EVERY_S:
-            self._draw()
+        self.curve.draw_if_due()
 
     def _finish(self) -> None:
         """Evaluate the last weights, then write the trained model."""
         if self._evaluate():
             self._save(behind=False)  # so that the checkpoint knows that it is the best
-        self._draw()
+        self.curve.draw()
         if self.run.export != "none" and collectives.num_ranks() == 1:  # the whole model: one process's work, later
             self.export()
 
@@ -288,15 +282,6 @@ class Trainer:
         export.move_folders(partial, self.out)
         self.reporter.say(f"the trained model is in {self.out / 'model'}")
         return state
-
-    def _draw(self) -> None:
-        self.drawn_s = time.monotonic()
-        if not collectives.is_lead():
-            return
-        if importlib.util.find_spec("matplotlib") is None:
-            self.reporter.say("no loss.png, which needs: pip install 'internvl[train]'")
-        else:
-            log.draw_curve(self.out / "metrics.jsonl", self.out / "loss.png")
 
     def _write(self, line: Mapping[str, Any], samples: Sequence[Mapping[str, Any]] = ()) -> None:
         if self.metrics is None:

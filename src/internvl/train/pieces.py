@@ -18,8 +18,11 @@ PIECES = 4
 
 
 def in_pieces(encode: Callable[..., Tensor], inputs: Sequence[Tensor], size: int | None) -> Tensor:
-    """`encode(*inputs)`, rows of all inputs `size` at a time; only inputs and outputs stay until the backward pass."""
-    if size is None:
+    """`encode(*inputs)`, rows of all inputs `size` at a time; only inputs and outputs stay until the backward pass.
+
+    No more rows than that are one graph, made once.
+    """
+    if size is None or len(inputs[0]) <= size:
         return encode(*inputs)
     pieces = zip(*(x.split(size) for x in inputs), strict=True)
     return torch.cat([checkpoint(encode, *piece, use_reentrant=False) for piece in pieces])

@@ -41,11 +41,6 @@ def spread(learner: Learner, device: torch.device) -> tuple[Learner, shard.Whole
             f"data.features is {run.data.features!r} over {collectives.num_ranks()} ranks, where each would look at "
             "other tiles; set data.features to none, or use one rank"
         )
-    if single := [name for name, p in learner.model.named_parameters() if not p.ndim]:
-        raise ValueError(
-            f"{single[0]} is a single number, which cannot be shared out over {collectives.num_ranks()} ranks; train "
-            "this model on one"
-        )
     parts: dict[str, nn.Module] = {MODEL: learner.model}
     if learner.rows is not None:
         parts[ROWS] = learner.rows
@@ -73,11 +68,17 @@ def window_weights(window: Sequence[Item], step: int) -> tuple[dict[str, float],
     return weights, num_tiles
 
 
-def forget_unseen(learner: Learner) -> None:
-    """No rank saw a picture: what only pictures reach stands still, as it does on one process that never ran it."""
+def settle(learner: Learner, num_tiles: float) -> None:
+    """Gradients of a step as one process has them.
+
+    Without a tile on any rank what only pictures reach stands still, as it does on a process that never ran it.
+    """
+    if collectives.num_ranks() == 1:
+        return
     for name, parameter in learner.parameters.items():
-        if name.startswith(SEEING):
+        if not num_tiles and name.startswith(SEEING):
             parameter.grad = None
+    shard.average_gradients(list(learner.parameters.values()))
 
 
 def plainly(function: Callable[..., Any], *args: Any) -> Any:

@@ -37,7 +37,7 @@ class Contrastive(PairStage):
     def losses(self, prepared: PairBatch) -> dict[str, Float[Tensor, ""]]:
         self.bound_scale()
         images, texts = self.vectors(prepared)
-        mean = contrast(images, texts, self.model.logit_scale.exp(), valid=prepared.valid, same=prepared.same)
+        mean = contrast(images, texts, self.model.logit_scale.exp(), valid=prepared.valid, same=self.same(prepared))
         return {LOSS: mean * prepared.num_pairs}
 
     def vectors(self, batch: PairBatch) -> tuple[Float[Tensor, "pairs embed"], Float[Tensor, "pairs embed"]]:

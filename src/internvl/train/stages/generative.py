@@ -6,10 +6,10 @@ is seen by the vision encoder without a graph. The losses are alignment.py's.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -45,11 +45,11 @@ class Generative(PairStage):
         sums, count = dict.fromkeys(self.coefficients, 0.0), 0
         for batch in self.held_out.once():
             count += batch.num_pairs
-            for name, mean in self._means(batch.to(device), "random").items():
+            with collectives.alone():  # every rank brings the same pairs
+                found = self._means(batch.to(device), "random")
+            for name, mean in found.items():
                 sums[name] += float(mean) * batch.num_pairs
         means = {f"held_out_{name}": value / count for name, value in sums.items()}
-        # every rank brings the same pairs, which makes as many times more columns of equal logits
-        means["held_out_itc"] -= math.log(collectives.num_ranks())
         return {"held_out_loss": sum(means.values()), **means}
 
     def _means(self, batch: PairBatch, negatives: Literal["random", "hard"]) -> dict[str, Float[Tensor, ""]]:
@@ -65,12 +65,18 @@ class Generative(PairStage):
             caption=batch.caption,
             labels=batch.labels,
             negatives=batch.negatives,
-            same=batch.same,
+            same=self.same(batch),
             valid=batch.valid,
         )
         kind: Negatives = "hard" if negatives == "hard" else "given"
         piece = self.run.pairs.micro_batch
-        return alignment_losses(self.model, whole, negatives=kind, features=features, piece=piece)
+        generator = torch.Generator().manual_seed(seed_at(self.run.seed, batch.place))
+        return alignment_losses(self.model, whole, negatives=kind, generator=generator, features=features, piece=piece)
+
+
+def seed_at(seed: int, place: int) -> int:
+    """Of what is drawn about the joint batch at a place: the same on every rank, and after a resume."""
+    return int(np.random.SeedSequence([seed, place]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def open_generative_stage(run: RunConfig) -> Generative:

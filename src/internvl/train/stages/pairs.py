@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from internvl.batch import PairBatch
@@ -24,6 +24,7 @@ from internvl.models.contrastive import DualModel
 from internvl.parallel import collectives
 from internvl.train import dual
 from internvl.train.features import MemoryStore
+from internvl.train.joint import groups
 from internvl.train.run import RunConfig
 from internvl.train.trainable import Learner
 
@@ -104,6 +105,10 @@ class PairStage(ABC):
             with torch.no_grad():
                 self.model.logit_scale.clamp_(max=math.log(self.run.pairs.max_scale))
 
+    def same(self, batch: PairBatch) -> Int[Tensor, " pairs"]:
+        """Equal for pairs of one picture or one text, over all ranks: no negatives of each other."""
+        return batch.same if batch.reading is None else groups(batch.same, batch.reading)
+
     def features(self, batch: PairBatch) -> Float[Tensor, "pairs positions dim"]:
         """What the frozen vision encoder says about each picture; kept ones are not computed again."""
         if self.store is not None:
@@ -140,8 +145,8 @@ class PairStage(ABC):
             negatives=self.forms == "all" and (pairs.negatives == "random" or not learning),
             workers=data.workers if learning else 0,
             on_error="skip" if learning and data.on_error == "skip" else "error",
-            rank=collectives.rank(),
-            ranks=collectives.num_ranks(),
+            rank=collectives.rank() if learning else 0,  # held-out pairs are whole on every rank
+            ranks=collectives.num_ranks() if learning else 1,
             known=None if self.store is None else self.store.__contains__,
         )
 
