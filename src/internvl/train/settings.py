@@ -54,7 +54,7 @@ class Data:
     held_out_samples: int | None = None
     """How many of them, the same ones each time, of every set in proportion; all when not given."""
     batch_samples: int | None = 16
-    """Most samples in one micro-batch."""
+    """Most samples in one micro-batch. In the stages on pairs: pairs of a step, which all ranks share."""
     batch_tokens: int | None = None
     """Most positions in one micro-batch, padding included."""
     batch_tiles: int | None = None
@@ -121,7 +121,8 @@ class Pairs:
     """Training on pictures with captions: the stages `contrastive` and `generative` of InternVL 1.0."""
 
     micro_batch: int | None = None
-    """Pairs embedded at a time; the loss is that of the whole batch, whatever fits into memory (gradient caching)."""
+    """Pairs that a rank embeds at a time; the loss is that of the whole batch, whatever fits into memory (gradient
+    caching)."""
     side: int | None = None
     """Of a picture in pixels; the model's own when not given."""
     area: tuple[float, float] = (0.5, 1.0)
@@ -135,7 +136,8 @@ class Pairs:
     max_scale: float | None = 100.0
     """The learned factor of the logits is kept at or below it (CLIP, section 2.5); official code has no bound."""
     negatives: Literal["random", "hard"] = "random"
-    """Of matching: a caption of any other picture (official code), or the most similar of the batch (BLIP-2)."""
+    """Of matching: a caption of any other picture (official code), or similar ones of the batch, of any rank
+    (BLIP-2)."""
     output_head: str = ""
     """Folder of the LLaMA whose output head InternVL-G takes where the run begins with InternVL-C alone."""
 

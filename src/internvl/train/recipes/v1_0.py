@@ -1,7 +1,7 @@
 """InternVL 1.0 (arXiv 2312.14238): contrastive pre-training in two phases, the generative stage; tiny runs of both.
 
 Settings are those of table 20 and appendix A.3 of the paper; its stage 1 ran on 640 GPUs with 256 pairs each, its stage
-2 on 160 with 128 each. Fewer GPUs see the same joint batch with a larger `data.batch_samples` and `pairs.micro_batch`.
+2 on 160 with 128 each. Any number of GPUs shares the same batch: `pairs.micro_batch` is what one embeds at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ LLAMA = "models/chinese_alpaca_lora_7b"
 """The multilingual LLaMA-7B that the paper begins with, as a folder of transformers."""
 ENCODER = "InternViT-6B-224px"
 
-STAGE_1_STEPS, STAGE_1_WARMUP, STAGE_1_BATCH = 175_000, 5_000, 640 * 256
+STAGE_1_STEPS, STAGE_1_WARMUP = 175_000, 5_000
+STAGE_1_PIECE, STAGE_2_PIECE = 256, 128
+STAGE_1_BATCH, STAGE_2_BATCH = 640 * STAGE_1_PIECE, 160 * STAGE_2_PIECE
 UNMASKED_PAIRS = 500_000_000
 """The last of 28.7 billion pairs are seen whole at 224 px (appendix A.3)."""
 UNMASKED_STEPS = round(UNMASKED_PAIRS / STAGE_1_BATCH)
@@ -43,13 +45,13 @@ def v1_0_contrastive() -> RunConfig:
         vision=Part("full"),
         connector=Part("full"),
         language=Part("full", lr_scale=0.1),
-        data=Data(batch_samples=256, workers=8, on_error="skip"),
+        data=Data(batch_samples=STAGE_1_BATCH, workers=8, on_error="skip"),
         optimiser=Optimiser(peak_lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1),
         schedule=Schedule(steps=STAGE_1_STEPS - UNMASKED_STEPS, warmup_steps=STAGE_1_WARMUP),
         precision="bf16",
         grad_checkpoint=True,
         save_every=1000,
-        pairs=Pairs(side=196, mask_share=0.5, drop_path=0.2),
+        pairs=Pairs(micro_batch=STAGE_1_PIECE, side=196, mask_share=0.5, drop_path=0.2),
     )
 
 
@@ -88,10 +90,10 @@ def v1_0_generative() -> RunConfig:
         model="runs/v1_0_contrastive_224/model",
         vision=Part(),
         language=Part(),
-        data=replace(run.data, batch_samples=128),
+        data=replace(run.data, batch_samples=STAGE_2_BATCH),
         optimiser=Optimiser(peak_lr=5e-5, betas=(0.9, 0.98), weight_decay=0.05),
         schedule=Schedule(steps=80_000, warmup_steps=2_000),
-        pairs=Pairs(),
+        pairs=Pairs(micro_batch=STAGE_2_PIECE),
     )
 
 
@@ -107,7 +109,7 @@ def tiny_contrastive() -> RunConfig:
         vision=Part("full"),
         connector=Part("full"),
         language=Part("full"),
-        data=Data(meta=f"{TINY}/pairs.jsonl", held_out=f"{TINY}/held_out.jsonl", batch_samples=15),
+        data=Data(meta=f"{TINY}/pairs.jsonl", held_out=f"{TINY}/held_out.jsonl", batch_samples=10),
         optimiser=Optimiser(peak_lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1),
         schedule=Schedule(steps=60, warmup_share=0.1),
         log_every=10,
