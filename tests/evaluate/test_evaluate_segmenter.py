@@ -18,11 +18,11 @@ from internvl import cli
 from internvl.config import VisionConfig
 from internvl.data.labelled import read_ade20k, read_mask
 from internvl.evaluate.segment import Confusion
+from internvl.evaluate.segment_settings import SegmentSettings
 from internvl.evaluate.segment_train import fit, score
 from internvl.evaluate.segmenter import (
     IGNORED,
     Segmenter,
-    SegmentSettings,
     distorted,
     groups,
     layer_level,
@@ -36,7 +36,7 @@ from internvl.models.internvit import InternViT
 from tiny import tiny_dual
 
 SETTINGS = SegmentSettings(
-    iterations=4, batch=2, crop_px=28, stride_px=21, learning_rate=0.02, warmup=2, upernet_width=4, save_every=2
+    iterations=4, train_batch=2, crop_px=28, stride_px=21, learning_rate=0.02, warmup=2, upernet_width=4, save_every=2
 )
 
 

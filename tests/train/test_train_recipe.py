@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from broken import break_off
 from safetensors.torch import load_file
 
 from internvl.commands.train import main
@@ -86,18 +87,7 @@ def test_workers_and_resume_change_nothing(inputs: Path, tmp_path: Path) -> None
         out = tmp_path / f"workers{workers}"
         run = tiny_run(inputs, out, **changes)
         run = replace(run, data=replace(run.data, workers=workers))
-        stage = open_stage(run)
-        inner, count = stage.losses, [0]
-
-        def losses(prepared: Any, inner: Any = inner, count: list[int] = count, cut: int = cut) -> Any:
-            count[0] += 1
-            if count[0] > cut:
-                raise RuntimeError("killed")
-            return inner(prepared)
-
-        stage.losses = losses  # type: ignore[method-assign]
-        with pytest.raises(RuntimeError, match="killed"):
-            train(run, stage)
+        break_off(run, cut)
         run_here(run)
         for name, value in learned(tmp_path / "whole", 12).items():
             assert torch.equal(value, learned(out, 12)[name]), name
@@ -332,18 +322,7 @@ def test_counts_and_quarantine_of_a_resumed_run_are_those_of_a_whole_one(inputs:
         data = replace(run.data, on_error="quarantine", max_rejected=0.2, workers=workers)
         run = replace(run, data=data)
         if cut is not None:
-            stage = open_stage(run)
-            inner, count = stage.losses, [0]
-
-            def losses(prepared: Any, inner: Any = inner, count: list[int] = count, cut: int = cut) -> Any:
-                count[0] += 1
-                if count[0] > cut:
-                    raise RuntimeError("killed")
-                return inner(prepared)
-
-            stage.losses = losses  # type: ignore[method-assign]
-            with pytest.raises(RuntimeError, match="killed"):
-                train(run, stage)
+            break_off(run, cut)
         run_here(run)
     for name in ("records.json", "skipped.txt"):
         assert (tmp_path / "parts" / name).read_text() == (tmp_path / "whole" / name).read_text()

@@ -156,21 +156,9 @@ def _segment(asked: Segment, features: Features, out: Path, problems: list[Probl
     from internvl.evaluate.dual_tasks import Outcome
     from internvl.evaluate.segment_train import examples, fit, protocol, score
     from internvl.evaluate.segmenter import TASKS as KINDS
-    from internvl.evaluate.segmenter import Segmenter, SegmentSettings
+    from internvl.evaluate.segmenter import Segmenter
 
-    settings = SegmentSettings(
-        kind=asked.kind,
-        iterations=asked.iterations,
-        batch=asked.train_batch,
-        crop_px=asked.crop,
-        stride_px=asked.stride,
-        learning_rate=asked.rate,
-        warmup=asked.warmup,
-        upernet_width=asked.width,
-        share=asked.share,
-        seed=asked.seed,
-        save_every=asked.save_every,
-    )
+    settings = asked.settings()
     train, test = read_ade20k(asked.data, "training"), read_ade20k(asked.data, "validation")
     test = test[: asked.limit] if asked.limit else test
     model = Segmenter(features.dual.model.vision, asked.classes, settings).to(features.dual.model.logit_scale.device)

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from internvl.evaluate.segment_settings import SegmentSettings
+
 RUNS = Path("runs/evaluate")
 Language = Literal["en", "zh", "ja", "ar", "it"]
 
@@ -106,27 +108,12 @@ class Probe(Common):
 
 
 @dataclass(frozen=True)
-class Segment(Common):
+class Segment(SegmentSettings, Common):
     """Segmentation on ADE20K's layout: DATA/images and DATA/annotations with training/ and validation/."""
 
-    kind: Literal["linear", "head", "full"] = "linear"
-    """linear: batch norm and a 1 x 1 convolution; head: UperNet on the frozen encoder; full: all learns."""
     classes: int = 150
     reduce_zero: bool = True
     """Class 0 of the masks is not scored (ADE20K)."""
-    iterations: int = 80_000
-    train_batch: int = 16
-    crop: int = 504
-    """Pixels of a side, of training crops and test windows."""
-    stride: int = 322
-    rate: float = 4e-5
-    warmup: int = 1500
-    width: int = 1536
-    """Channels of UperNet."""
-    share: int = 1
-    """Learn from one of this many training pictures (few-shot)."""
-    seed: int = 0
-    save_every: int = 1000
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "length_penalty": 1.0,
     },
     "linear probe": {"fit": "crop", "side": 224, "augmentation": "crop, flip", "learning_rates": [0.1], "epochs": 10},
-    "segmentation": {"crop_px": 504, "stride_px": 322, "iterations": 80_000, "batch": 16, "share": 1},
+    "segmentation": {"crop_px": 504, "stride_px": 322, "iterations": 80_000, "train_batch": 16, "share": 1},
 }
 """What the paper's numbers were measured with (sections 5.1 to 5.8 of its supplement; official repository)."""
 

@@ -23,10 +23,10 @@ from internvl.data.labelled import Masked, read_mask
 from internvl.data.records import Problem
 from internvl.data.sheet import Panel, Section
 from internvl.evaluate.segment import Confusion, slide
+from internvl.evaluate.segment_settings import SegmentSettings
 from internvl.evaluate.segmenter import (
     IGNORED,
     Segmenter,
-    SegmentSettings,
     groups,
     overlay,
     palette,
@@ -67,7 +67,7 @@ def fit(
     device = next(model.head.parameters()).device
     for step in range(done, last):
         rng = np.random.default_rng((settings.seed, step))
-        rows = rng.integers(len(chosen), size=settings.batch)
+        rows = rng.integers(len(chosen), size=settings.train_batch)
         crops = [_crop(chosen[int(row)], num_classes, settings.crop_px, rng, reduce_zero) for row in rows]
         pixels = torch.stack([crop for crop, _ in crops]).to(device)
         truth = torch.stack([mask for _, mask in crops]).to(device)

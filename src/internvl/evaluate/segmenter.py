@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,10 +18,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from internvl.data.images import normalise
+from internvl.evaluate.segment_settings import SegmentSettings
 from internvl.models.heads import AuxiliarySegmenter, FeaturePyramid, LinearSegmenter, UperNet, feature_map
 from internvl.models.internvit import InternViT
 
-Kind = Literal["linear", "head", "full"]
 TASKS = {"linear": "linear probe", "head": "head tuning", "full": "full tuning"}
 IGNORED = 255
 MAX_CLASS_SHARE = 0.75  # of the pixels of a training crop; ten draws are tried (official `cat_max_ratio`)
@@ -32,46 +31,6 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = (
     (0.5, 1.5),
     18,
 )  # mmsegmentation PhotoMetricDistortion; degrees / 2
-
-
-@dataclass(frozen=True)
-class SegmentSettings:
-    """How a segmenter is trained and looked at; the defaults are the paper's."""
-
-    kind: Kind = "linear"
-    """linear: one map, batch norm and a 1 x 1 convolution; head: UperNet on a frozen encoder; full: all learns."""
-    iterations: int = 80_000
-    batch: int = 16
-    crop_px: int = 504
-    stride_px: int = 322
-    learning_rate: float = 4e-5
-    warmup: int = 1500
-    upernet_width: int = 1536
-    auxiliary_weight: float = 0.4
-    share: int = 1
-    """Learn from one of this many training pictures, drawn by seed (few-shot: 16, 8, 4, 2)."""
-    seed: int = 0
-    save_every: int = 1000
-
-    def __post_init__(self) -> None:
-        low = min(self.iterations, self.batch, self.crop_px, self.stride_px, self.upernet_width, self.share)
-        if low < 1 or self.learning_rate <= 0 or self.stride_px > self.crop_px or self.save_every < 1:
-            raise ValueError(
-                f"iterations {self.iterations}, batch {self.batch}, crop {self.crop_px}, stride {self.stride_px}, rate "
-                f"{self.learning_rate}; all at least 1, the rate above 0, the stride at most the crop"
-            )
-
-    @property
-    def weight_decay(self) -> float:
-        return 0.0 if self.kind == "linear" else 0.05
-
-    @property
-    def layer_decay(self) -> float:
-        return 0.95 if self.kind == "full" else 1.0
-
-    @property
-    def drop_path(self) -> float:
-        return 0.4 if self.kind == "full" else 0.0
 
 
 class Segmenter(nn.Module):

@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     from internvl.models.adapters import Adaptable
 
 
+def export_chat(learner: Learner, tokenizer: Any, out: Path) -> None:
+    """What a run on a chat model leaves: `parts`, then `model`, in the run's precision. Training is over after it."""
+    dtype = torch.bfloat16 if learner.run.precision == "bf16" else torch.float32
+    export_parts(learner, out / "parts", dtype)
+    export_model(learner, tokenizer, out / "model", dtype)
+
+
 def export_parts(learner: Learner, out: Path, dtype: torch.dtype) -> None:
     """connector.safetensors, a peft folder for each adapted part, embeddings.safetensors: only what learned.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -28,8 +28,8 @@ from internvl.load import load_checkpoint
 from internvl.models.chat import ChatModel
 from internvl.train import features, trainable
 from internvl.train.cells import WAVES, Cells, Picture, cells_under, place_waves
-from internvl.train.export import export_model, export_parts
 from internvl.train.run import RunConfig
+from internvl.train.stages.pictures import PictureStage
 
 NAMES, NEAR, NORM, PLACES = "names", "near", "norm", "places"
 SHARPNESS = 50.0
@@ -43,17 +43,15 @@ PLACE_SHARE = 0.5
 """Length of what says the place, in lengths of a word embedding."""
 
 
-class Align:
+class Align(PictureStage[Cells]):
     """Contrast of connector outputs with word embeddings; along fixed directions they say where the box is."""
 
     coefficients: Mapping[str, float] = {NAMES: 1.0, NEAR: 0.5, NORM: 0.1, PLACES: 0.2}
-    joint = False
 
     def __init__(self, run: RunConfig, model: ChatModel, tokenizer: Any, sets: Sequence[DataSet]) -> None:
-        self.run, self.model, self.tokenizer, self.sets = run, model, tokenizer, sets
+        super().__init__(run, model, tokenizer)
+        self.sets = sets
         self.side = math.isqrt(model.config.tokens_per_tile)
-        self.size = run.data.batch_samples or 16
-        self.epoch, self.place = 0, 0
         self.store: features.MemoryStore | None = None
         self.known: dict[tuple[int, int], Picture] = {}
         self.spelled: dict[str, list[int]] = {}
@@ -103,25 +101,11 @@ class Align:
         self.store = features.open_store(run, self.model.config, self.model.vision, self._features, device)
         return learner
 
-    def batches(self) -> Generator[Cells, None, None]:
-        size = self.size
-        while True:
-            order = np.random.default_rng((self.run.seed, self.epoch)).permutation(len(self.lines))
-            while self.place + size <= len(order):
-                chosen = order[self.place : self.place + size]
-                self.place += size
-                drawn = np.random.default_rng((self.run.seed, self.epoch, self.place))
-                yield self._batch([self._picture(*self.lines[int(k)]) for k in chosen], drawn)
-            self.epoch, self.place = self.epoch + 1, 0
+    def num_pictures(self) -> int:
+        return len(self.lines)
 
-    def cursor(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "place": self.place}
-
-    def seek(self, cursor: Mapping[str, Any]) -> None:
-        self.epoch, self.place = int(cursor["epoch"]), int(cursor["place"])
-
-    def batches_per_epoch(self) -> int:
-        return max(1, len(self.lines) // self.size)
+    def made(self, chosen: Sequence[int], drawn: np.random.Generator) -> Cells:
+        return self._batch([self._picture(*self.lines[number]) for number in chosen], drawn)
 
     def prepare(self, batch: Cells) -> Cells:
         return batch
@@ -150,19 +134,8 @@ class Align:
         tokens = tiles * self.side**2
         return {"samples": tiles, "tokens": tokens, "learned": len(batch.tokens), "tiles": tiles}
 
-    def describe(self, batch: Cells) -> str:
-        return ", ".join(batch.sources)
-
-    def lost(self) -> tuple[int, Mapping[str, str]]:
-        return 0, {}
-
     def evaluate(self, device: torch.device) -> dict[str, float]:
         return {}
-
-    def export(self, learner: trainable.Learner, out: Path) -> None:
-        dtype = torch.bfloat16 if self.run.precision == "bf16" else torch.float32
-        export_parts(learner, out / "parts", dtype)
-        export_model(learner, self.tokenizer, out / "model", dtype)
 
     def _line(self, number: int, position: int) -> dict[str, Any]:
         line: dict[str, Any] = json.loads(self.sets[number].lines.read(position))

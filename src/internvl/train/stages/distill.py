@@ -7,7 +7,7 @@ projection that is thrown away (docs/distillation.md). Teachers are teachers.py'
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +25,10 @@ from internvl.data.tiling import cut, single
 from internvl.load import load_checkpoint
 from internvl.models.chat import ChatModel
 from internvl.train import features, trainable
-from internvl.train.export import export_model, export_parts
 from internvl.train.losses import cosine_sum, relation_sum
 from internvl.train.run import RunConfig
 from internvl.train.settings import Distill
+from internvl.train.stages.pictures import PictureStage
 from internvl.train.teachers import Teacher, last_states, open_teacher, pool_grid
 
 LOSS, RELATION = "cosine", "relation"
@@ -88,23 +88,26 @@ def _ridge(linear: nn.Linear, x: Float[Tensor, "rows dim"], y: Float[Tensor, "ro
     linear.bias.copy_(mean_y - mean_x @ weight)
 
 
-class DistillStage:
+class DistillStage(PictureStage[Tiles]):
     """The student follows the teacher on every tile."""
 
     def __init__(self, run: RunConfig, model: ChatModel, tokenizer: Any, teacher: Teacher) -> None:
-        relation = run.distill.relation
-        self.joint = False
-        self.coefficients: Mapping[str, float] = {LOSS: 1.0} | ({RELATION: relation} if relation else {})
-        self.run, self.model, self.tokenizer, self.teacher = run, model, tokenizer, teacher
+        super().__init__(run, model, tokenizer)
+        self.coefficients: Mapping[str, float] = self.factors(run)
+        self.teacher = teacher
         self.settings: Distill = run.distill
         self.pictures = pictures_of(run.data.meta)
         self.side = min(self.grid, teacher.grid)
         """Of the grid on which both are compared: the coarser one."""
-        self.size = run.data.batch_samples or 16
-        self.epoch, self.place = 0, 0
         self.store: features.MemoryStore | None = None
         self.projections: list[nn.Module] = []
         self.mean: Tensor | None = None
+
+    @staticmethod
+    def factors(run: RunConfig) -> dict[str, float]:
+        """Of the losses that a run has."""
+        relation = run.distill.relation
+        return {LOSS: 1.0} | ({RELATION: relation} if relation else {})
 
     @property
     def config(self) -> ChatConfig:
@@ -144,26 +147,11 @@ class DistillStage:
             self._fit(device)
         return replace(learner, parameters={**learner.parameters, **named})
 
-    def batches(self) -> Generator[Tiles, None, None]:
-        if self.size > len(self.pictures):
-            raise ValueError(f"data.batch_samples is {self.size} but there are {len(self.pictures)} pictures; lower it")
-        while True:
-            order = np.random.default_rng((self.run.seed, self.epoch)).permutation(len(self.pictures))
-            while self.place + self.size <= len(order):
-                chosen = order[self.place : self.place + self.size].tolist()
-                self.place += self.size
-                drawn = np.random.default_rng((self.run.seed, self.epoch, self.place))
-                yield self._tiles([self.pictures[k] for k in chosen], drawn)
-            self.epoch, self.place = self.epoch + 1, 0
+    def num_pictures(self) -> int:
+        return len(self.pictures)
 
-    def cursor(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "place": self.place}
-
-    def seek(self, cursor: Mapping[str, Any]) -> None:
-        self.epoch, self.place = int(cursor["epoch"]), int(cursor["place"])
-
-    def batches_per_epoch(self) -> int:
-        return max(1, len(self.pictures) // self.size)
+    def made(self, chosen: Sequence[int], drawn: np.random.Generator) -> Tiles:
+        return self._tiles([self.pictures[number] for number in chosen], drawn)
 
     def prepare(self, batch: Tiles) -> Tiles:
         return batch if self.store is None else replace(batch, digests=tuple(features.digests(batch.tiles)))
@@ -187,12 +175,6 @@ class DistillStage:
         tokens = tiles * (self.side**2 + 1)
         return {"samples": len(batch.sources), "tokens": tokens, "learned": tokens, "tiles": tiles}
 
-    def describe(self, batch: Tiles) -> str:
-        return ", ".join(batch.sources)
-
-    def lost(self) -> tuple[int, Mapping[str, str]]:
-        return 0, {}
-
     def evaluate(self, device: torch.device) -> dict[str, float]:
         """Mean distance on pictures that are never trained on, not mirrored."""
         if not self.held_out:
@@ -204,12 +186,6 @@ class DistillStage:
             count += len(batch.tiles)
         return {"held_out_loss": total / count}
 
-    def export(self, learner: trainable.Learner, out: Path) -> None:
-        """The chat model with its new vision part; the projections stay in the checkpoints."""
-        dtype = torch.bfloat16 if self.run.precision == "bf16" else torch.float32
-        export_parts(learner, out / "parts", dtype)
-        export_model(learner, self.tokenizer, out / "model", dtype)
-
     def _target(self, batch: Tiles) -> Float[Tensor, "tiles states positions width"]:
         """What the teacher says, kept or computed now, in float32."""
         if self.store is None:
@@ -218,10 +194,13 @@ class DistillStage:
 
     def _student(self, tiles: Tensor) -> Float[Tensor, "tiles states positions width"]:
         """Its last states on the grid of the comparison."""
-        config = self.model.config
-        pixels = normalise(tiles, config.normalize)
-        states = last_states(self.model.vision, pixels, config.feature_layer, self.settings.layers)
+        states = last_states(
+            self.model.vision, self._pixels(tiles), self.model.config.feature_layer, self.settings.layers
+        )
         return torch.stack([pool_grid(state, self.side) for state in states], dim=1)
+
+    def _pixels(self, tiles: Tensor) -> Float[Tensor, "tiles 3 side side"]:
+        return normalise(tiles, self.model.config.normalize)
 
     @torch.no_grad()
     def _fit(self, device: torch.device) -> None:

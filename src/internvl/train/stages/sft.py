@@ -26,7 +26,7 @@ from internvl.models.chat import ChatModel
 from internvl.parallel import collectives
 from internvl.tokens import SPECIAL_TOKENS, token_id
 from internvl.train import cost, features, losses, trainable
-from internvl.train.export import export_model, export_parts
+from internvl.train.export import export_chat
 from internvl.train.run import RunConfig
 
 LOSS = "next_token"
@@ -170,9 +170,7 @@ class Sft:
         return line
 
     def export(self, learner: trainable.Learner, out: Path) -> None:
-        dtype = torch.bfloat16 if self.run.precision == "bf16" else torch.float32
-        export_parts(learner, out / "parts", dtype)
-        export_model(learner, self.tokenizer, out / "model", dtype)
+        export_chat(learner, self.tokenizer, out)
 
     def _learned(self, prepared: Prepared) -> Float[Tensor, "learned width"]:
         """Hidden states of the positions whose next label is learned."""
