@@ -9,12 +9,13 @@ took back is summed over time by the profiler, beside what was held before. Neit
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from internvl.batch import ChatBatch
@@ -26,7 +27,9 @@ from internvl.train.recipes.tiny import byte_tokenizer
 from internvl.train.rehearse import rehearse
 from internvl.train.run import RunConfig
 from internvl.train.settings import Data, Part, Schedule, Tokens
-from internvl.train.stages.sft import LOSS, Sft
+from internvl.train.stages import open_stage
+from internvl.train.stages.sft import Sft
+from internvl.train.trainable import Learner
 from internvl.zoo import CHAT
 
 FULL = {"vision": Part("full"), "connector": Part("full"), "language": Part("full")}
@@ -75,23 +78,43 @@ def measured(run: RunConfig, config: ChatConfig, batch: ChatBatch) -> int:
     learner = stage.begin(run, torch.device("cpu"))
     learner.train_mode()
     prepared = stage.prepare(batch)
+    return peak_of(run, learner, lambda: stage.losses(prepared), [*model.parameters(), *model.buffers()])
+
+
+def peak_of(
+    run: RunConfig, learner: Learner, losses: Callable[[], Mapping[str, Tensor]], held: Iterable[Tensor]
+) -> int:
+    """Bytes at the peak of a real step on the CPU, `held` and what learns among them."""
     optimizer = optim.build(trainable.groups(learner), run)
 
     def step() -> None:
         for _ in range(run.accumulate):
             with torch.autocast("cpu", torch.bfloat16, enabled=run.precision == "bf16"):
-                loss = stage.losses(prepared)[LOSS]
+                loss = torch.stack([*losses().values()]).sum()
             loss.backward()
         torch.nn.utils.clip_grad_norm_(list(learner.parameters.values()), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     step()
-    held = [*model.parameters(), *model.buffers(), *learner.parameters.values()]
-    held += [value for state in optimizer.state.values() for value in state.values()]
+    known = [*held, *learner.parameters.values()]
+    known += [value for state in optimizer.state.values() for value in state.values()]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         step()
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values()) + max(_running(seen))
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in known}.values()) + max(_running(seen))
+
+
+def measured_stage(run: RunConfig) -> tuple[int, Any, Any]:
+    """Bytes at the peak of a step over the first batch of a run of another stage; the stage, and that batch."""
+    stage: Any = open_stage(run)
+    learner = stage.begin(run, torch.device("cpu"))
+    learner.train_mode()
+    batch = stage.prepare(next(stage.batches()))
+    beside = [*stage.model.parameters(), *stage.model.buffers()]
+    beside += [x for x in vars(batch).values() if isinstance(x, Tensor)]
+    if run.stage == "distill":
+        beside += [*stage.teacher.module.parameters()]
+    return peak_of(run, learner, lambda: stage.losses(batch), beside), stage, batch
 
 
 def _running(seen: Any) -> Iterator[int]:

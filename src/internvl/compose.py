@@ -74,7 +74,7 @@ def compose(parts: Parts, target: Path) -> Composed:
     ValueError where the parts do not fit: widths of the connector, a template whose end-of-turn token the tokenizer
     does not have, a tile size that the patches do not divide.
     """
-    vision_config, seen = _vision(parts.vision)
+    vision_config, seen = vision_of(parts.vision)
     language, brings_chat = _language(parts.language)
     template = parts.template or (brings_chat.template if brings_chat else TEMPLATE_OF.get(language.family))
     config = _config(parts, vision_config, language, template or "internvl2_5", seen)
@@ -154,7 +154,7 @@ def fresh_connector(config: ChatConfig, seed: int = 0) -> dict[str, Tensor]:
 
 def open_vision(folder: Path, dtype: torch.dtype | None = torch.float32) -> tuple[InternViT, ChatConfig | None]:
     """The encoder of an InternViT folder or of a chat checkpoint, read alone; the latter's config too."""
-    vision, seen = _vision(folder)
+    vision, seen = vision_of(folder)
     config = seen or ChatConfig(vision, CHAT["tiny-llama"].language, tile_size=vision.image_size)
     read, kinds = _open(folder, config, "vision")
     with torch.device("meta"):
@@ -163,7 +163,7 @@ def open_vision(folder: Path, dtype: torch.dtype | None = torch.float32) -> tupl
     return encoder.eval(), seen
 
 
-def _vision(folder: Path) -> tuple[VisionConfig, ChatConfig | None]:
+def vision_of(folder: Path) -> tuple[VisionConfig, ChatConfig | None]:
     """The encoder's config, and that of the chat checkpoint where it is part of one."""
     settings = read_json(folder / "config.json")
     if settings.get("model_type") in CHAT_TYPES:

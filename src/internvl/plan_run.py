@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,24 +17,26 @@ from typing import Any
 
 import torch
 
-from internvl.config import ChatConfig
+from internvl.config import ChatConfig, DualConfig
+from internvl.convert.dual import from_official
+from internvl.convert.files import read_json
 from internvl.convert.layouts import read_config
-from internvl.data.loader import BatchSize, Loader
+from internvl.data.loader import BatchSize
 from internvl.load import read_tokenizer
 from internvl.locate import locate
 from internvl.models.build import build
 from internvl.tokens import SPECIAL_TOKENS, token_id
-from internvl.train import cost
+from internvl.train import cost, remedies
+from internvl.train.outlook import ChatOutlook, Outlook
+from internvl.train.outlook_pairs import PairOutlook
+from internvl.train.outlook_pictures import PictureOutlook
 from internvl.train.recipes.tiny import byte_tokenizer
-from internvl.train.rehearse import Memory, rehearse
+from internvl.train.rehearse import Memory
 from internvl.train.run import RunConfig
-from internvl.train.settings import Part
-from internvl.train.stages.sft import LOSS, Sft, open_loader
-from internvl.zoo import CHAT, RELEASED
+from internvl.train.stages import STAGES
+from internvl.train.stages.sft import LOSS, Sft
+from internvl.zoo import CHAT, DUAL, RELEASED
 
-Transform = Callable[[RunConfig], RunConfig]
-PASSING = frozenset(("micro-batches", "--grad-checkpoint", "--data.max-tiles"))
-"""Kinds of changes that touch what passes through a step, not what stays."""
 GPUS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 LARGEST_CALIBRATED = 1_000_000_000
 """Parameters of a model that is built for real to measure a rate."""
@@ -49,7 +51,7 @@ class Subject:
     """What is planned: the run with the shape and the tokenizer of its model."""
 
     run: RunConfig
-    config: ChatConfig
+    config: ChatConfig | DualConfig
     tokenizer: Any
     notes: tuple[str, ...] = ()
     """What was assumed."""
@@ -99,8 +101,10 @@ class Change:
 
 def subject(run: RunConfig, release: str = "") -> Subject:
     """Configuration and tokenizer of the run's model, from its folder where it is there."""
-    if run.stage != "sft":
-        raise ValueError(f"stage {run.stage!r}; `internvl plan` knows runs of stage 'sft'")
+    if run.stage not in STAGES:
+        raise ValueError(f"no stage {run.stage!r}; it is one of {', '.join(STAGES)}")
+    if run.stage in remedies.PAIRS:
+        return _dual_subject(run)
     if run.model in CHAT and run.model != "pocket":
         return _with_bytes(run, CHAT[run.model])
     folder = Path(run.model)
@@ -113,26 +117,44 @@ def subject(run: RunConfig, release: str = "") -> Subject:
     return Subject(run, config, tokenizer) if tokenizer is not None else _with_bytes(run, config)
 
 
+def _dual_subject(run: RunConfig) -> Subject:
+    """Of a dual model; where its folder is not here, the release of that size, or `pocket-dual`."""
+    if run.model in DUAL and run.model != "pocket-dual":
+        return _with_bytes(run, DUAL[run.model])
+    folder = Path(run.model)
+    if not (folder / "config.json").is_file():
+        if "pocket-dual" not in run.model.replace("_", "-"):
+            return _with_bytes(run, DUAL["InternVL-14B-224px"])
+        folder = locate("pocket-dual")
+    config = from_official(read_json(folder / "config.json"), folder / "config.json")
+    tokenizer = read_tokenizer(folder, config.language)
+    return Subject(run, config, tokenizer) if tokenizer is not None else _with_bytes(run, config)
+
+
+def open_outlook(subject: Subject, gpus: int = 1) -> Outlook:
+    """What the subject's stage has before it, on so many devices."""
+    run, config, tokenizer = subject.run, subject.config, subject.tokenizer
+    if isinstance(config, DualConfig):
+        return PairOutlook(run, config, tokenizer, gpus)
+    return ChatOutlook(run, config, tokenizer) if run.stage == "sft" else PictureOutlook(run, config, tokenizer)
+
+
 def plan_run(subject: Subject, gpus: int = 1, device: str = "cuda") -> RunPlan:
-    """Everything but time. The worst micro-batch is made for real: labels decide where logits exist."""
+    """Everything but time."""
     if gpus < 1:
         raise ValueError(f"{gpus} GPUs; at least one is needed")
-    run, config = subject.run, subject.config
-    loader = _loader(subject)
-    sizes = loader.sizes()
-    heaviest = cost.heaviest(run, config, sizes)
-    batch = loader.make(heaviest)
-    share = batch.num_learned / sizes[heaviest].tokens
-    work = [cost.operations(run, config, size, round(share * size.tokens)) for size in sizes]
-    window = max(run.accumulate, gpus)  # micro-batches of a step; every device has one at least
-    slowest = [max(step) for step in _steps(work, window, gpus)]
+    run, outlook = subject.run, open_outlook(subject, gpus)
+    sizes, work, worst = outlook.sizes(), outlook.work(), outlook.worst()
+    window = run.accumulate if outlook.joint else max(run.accumulate, gpus)  # every device has one at least
+    steps_of = ([w / gpus] * gpus for w in work) if outlook.joint else _steps(work, window, gpus)
+    slowest = [max(step) for step in steps_of]
     schedule = run.schedule
     steps = schedule.steps or math.ceil((schedule.epochs or 1) * len(sizes) / window)
     return RunPlan(
-        memory=rehearse(run, config, subject.tokenizer, batch, device),
-        worst=sizes[heaviest],
-        worst_learned=batch.num_learned,
-        worst_sources=batch.sources,
+        memory=outlook.memory(device),
+        worst=worst.size,
+        worst_learned=worst.learned,
+        worst_sources=worst.sources,
         micro_batches=len(sizes),
         samples=sum(size.samples for size in sizes),
         tokens=sum(size.tokens for size in sizes),
@@ -153,34 +175,29 @@ def changes(subject: Subject, limit: int, gpus: int = 1, device: str = "cuda", m
     it goes.
     """
     found: list[Change] = []
-    singles = list(_singles(subject.run))
-    strongest = list({_kind(single): single for single in singles}.values())
+    singles = list(remedies.singles(subject.run))
+    strongest = list({remedies.kind(single): single for single in singles}.values())
     pairs = [
-        (f"{first[0]}, and {second[0]}", f"{first[1]}; {second[1]}", partial(_both, first[2], second[2]))
+        (f"{first[0]}, and {second[0]}", f"{first[1]}; {second[1]}", partial(remedies.both, first[2], second[2]))
         for place, first in enumerate(strongest)
         for second in strongest[place + 1 :]
     ]
     # neither smaller batches nor recomputing get below weights, moments and gradients
-    memory = _memory(subject, device)
+    memory = _memory(subject, device, gpus)
     hopeless = (
         memory is None or replace(memory, peak=memory.floor, peak_gradients=memory.gradients).on_gpus(gpus) > limit
     )
     settled: set[str] = set()
-    tried: list[tuple[str, str, Transform]] = [*singles, *pairs]
+    tried: list[tuple[str, str, remedies.Transform]] = [*singles, *pairs]
     for words, price, change in tried:
-        kinds = {_kind(part) for part in words.split(", and ")}
-        if len(found) >= most or kinds & settled or (hopeless and kinds <= PASSING):
+        kinds = {remedies.kind(part) for part in words.split(", and ")}
+        if len(found) >= most or kinds & settled or (hopeless and kinds <= remedies.PASSING):
             continue
-        changed = _memory(replace(subject, run=change(subject.run)), device)
+        changed = _memory(replace(subject, run=change(subject.run)), device, gpus)
         if changed is not None and changed.on_gpus(gpus) <= limit:
             found.append(Change(words, price, changed.on_gpus(gpus)))
             settled |= kinds if len(kinds) == 1 else set()
     return found
-
-
-def _kind(single: tuple[str, str, Transform] | str) -> str:
-    """Its first word: micro-batches, or the field."""
-    return (single if isinstance(single, str) else single[0]).split()[0]
 
 
 def more_gpus(memory: Memory, limit: int, gpus: int) -> Change | None:
@@ -194,12 +211,14 @@ def more_gpus(memory: Memory, limit: int, gpus: int) -> Change | None:
 def calibrate(subject: Subject) -> float:
     """Operations a second of this machine, from two passes over a middling micro-batch with random weights."""
     run, config = subject.run, subject.config
+    if run.stage != "sft" or isinstance(config, DualConfig):
+        raise ValueError(f"stage {run.stage!r} is not timed here; give --rate, in 10^12 operations a second")
     if config.num_parameters > LARGEST_CALIBRATED:
         raise ValueError(
             f"a model of {config.num_parameters / 1e9:.1f} billion parameters is not built to be timed; give --rate, "
             "in 10^12 operations a second, as a run of yours reached it"
         )
-    loader = _loader(subject)
+    loader = ChatOutlook(run, config, subject.tokenizer).loader
     sizes = loader.sizes()
     order = sorted(range(len(sizes)), key=lambda number: cost.operations(run, config, sizes[number], 0))
     chosen = order[len(order) // 2]
@@ -222,10 +241,6 @@ def calibrate(subject: Subject) -> float:
     return cost.operations(run, config, sizes[chosen], batch.num_learned) / statistics.median(seconds[1:])
 
 
-def _loader(subject: Subject) -> Loader:
-    return open_loader(subject.run, subject.tokenizer, subject.config, subject.run.data.meta, learning=True)
-
-
 def _steps(work: list[float], window: int, gpus: int) -> Iterator[list[float]]:
     """Operations of each device in each step: its micro-batches, dealt in turns."""
     for first in range(0, len(work), window):
@@ -233,60 +248,15 @@ def _steps(work: list[float], window: int, gpus: int) -> Iterator[list[float]]:
         yield [sum(step[rank::gpus]) for rank in range(gpus)]
 
 
-def _memory(subject: Subject, device: str) -> Memory | None:
+def _memory(subject: Subject, device: str, gpus: int) -> Memory | None:
     """Of the worst step; None where no sample fits into such a batch."""
     try:
-        loader = _loader(subject)
-        batch = loader.make(cost.heaviest(subject.run, subject.config, loader.sizes()))
+        return open_outlook(subject, gpus).memory(device)
     except ValueError:
         return None
-    return rehearse(subject.run, subject.config, subject.tokenizer, batch, device)
 
 
-def _singles(run: RunConfig) -> Iterator[tuple[str, str, Transform]]:
-    """(what, at which price, how), cheapest first."""
-    for parts in (2, 4, 8, 16, 32, 64):
-        samples, tokens = run.data.batch_samples, run.data.batch_tokens
-        if (samples is None or samples >= parts) and (tokens is None or tokens >= 64 * parts):
-            words = f"micro-batches of a {parts}th, accumulate {run.accumulate * parts}"
-            yield words.replace("2th", "half").replace("a half", "half"), "the same learning", partial(_split, parts)
-    if not run.grad_checkpoint:
-        yield (
-            "--grad-checkpoint",
-            "the same learning, about a third more time",
-            lambda r: replace(r, grad_checkpoint=True),
-        )
-    if run.precision == "fp32":
-        yield "--precision bf16", "rounded products; faster on most devices", lambda r: replace(r, precision="bf16")
-    most = run.data.max_tiles or 12
-    while most > 1:
-        most = most // 2
-        yield f"--data.max-tiles {most}", "fewer details of pictures; faster", partial(_tiles, most)
-    if run.vision.learn != "frozen":
-        yield "--vision.learn frozen", "the ViT stays", lambda r: replace(r, vision=Part(drop_path=r.vision.drop_path))
-    if run.language.learn == "full":
-        yield "--language.learn lora", "adapters in place of full weights", lambda r: replace(r, language=Part("lora"))
-
-
-def _split(parts: int, run: RunConfig) -> RunConfig:
-    data = run.data
-    smaller: dict[str, Any] = {
-        name: None if value is None else max(1, value // parts)
-        for name in ("batch_samples", "batch_tokens", "batch_tiles")
-        for value in (getattr(data, name),)
-    }
-    return replace(run, data=replace(data, **smaller), accumulate=run.accumulate * parts)
-
-
-def _tiles(most: int, run: RunConfig) -> RunConfig:
-    return replace(run, data=replace(run.data, max_tiles=most))
-
-
-def _both(first: Transform, second: Transform, run: RunConfig) -> RunConfig:
-    return second(first(run))
-
-
-def _with_bytes(run: RunConfig, config: ChatConfig) -> Subject:
+def _with_bytes(run: RunConfig, config: ChatConfig | DualConfig) -> Subject:
     """A tokenizer of bytes where the model has none here."""
     tokenizer = byte_tokenizer()
     rows = max(config.language.vocab_size, len(tokenizer))

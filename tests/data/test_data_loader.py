@@ -22,7 +22,7 @@ from internvl.data.batching import BatchSettings, group
 from internvl.data.encode import Encoder
 from internvl.data.lines import Lines
 from internvl.data.loader import Loader
-from internvl.data.mixture import DataSet, Mixture, read_sets
+from internvl.data.mixture import DataSet, Mixture, by_square_root, read_sets
 from tiny import tiny_chat_config, tiny_tokenizer
 
 FIELDS = ("input_ids", "labels", "loss_weights", "position_ids", "tiles", "attention_mask", "segments")
@@ -142,6 +142,26 @@ def test_repeats(sets: list[DataSet], repeat: float, times: dict[int, int]) -> N
     first, second = (np.bincount(mixture.epoch(epoch), minlength=13) for epoch in range(2))
     assert Counter(first.tolist()) == Counter(second.tolist()) == times
     assert repeat == 2 or not np.array_equal(first, second)  # the random part is drawn anew
+
+
+def test_shares_by_square_root(tmp_path: Path) -> None:
+    """25 records beside 4: as many in all, 5 to 2; the two files of an entry share as one, `repeat_time` counts."""
+    write_set(tmp_path, "large", 25)
+    for name, count in (("part_a", 3), ("part_b", 1)):
+        write_set(tmp_path, name, count)
+    meta = {"large": {"annotation": "large.jsonl"}, "small": {"annotation": "part_*.jsonl"}}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    shared = by_square_root(read_sets(tmp_path / "meta.json"))
+    mixture = Mixture(shared)
+    assert mixture.entries == len(mixture) == 29
+    times = np.bincount(mixture.epoch(0), minlength=29)
+    assert times[:25].sum() == 21  # 29 * 5 / 7
+    assert set(times[:25].tolist()) == {0, 1}
+    assert times[25:].sum() == 8
+    assert times[25:28].sum() == 6
+    sets = read_sets(tmp_path / "meta.json")
+    often = by_square_root([replace(sets[0], repeat=4.0), *sets[1:]])
+    assert often[0].repeat * 25 == pytest.approx(104 * 10 / 12)
 
 
 def test_an_epoch_without_records_is_an_error(sets: list[DataSet]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from internvl.commands import train
 from internvl.commands.plan import GIB, Options, size
 from internvl.plan_run import Change, RunPlan, Subject, calibrate, changes, more_gpus, plan_run, subject
-from internvl.train.recipes import RECIPES, tiny
+from internvl.train.recipes import RECIPES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,8 +47,8 @@ def open_subject(options: Options) -> Subject:
     words += ["--data.meta", options.data] if options.data else []
     asked = train.parse([options.model, *words] if recipe else ["--run", options.model, *words])
     run = train.configure(asked)
-    if options.model == "tiny_sft":
-        tiny.prepare(run)
+    if recipe is not None and options.model.startswith("tiny_"):
+        recipe.prepare(run)
     return subject(run, recipe.release if recipe else "")
 
 

@@ -41,6 +41,8 @@ class DataSet:
     """Times an epoch has each record; of a fraction, a random subset of that size, drawn anew each epoch."""
     length: int | None = None
     """Records that the file must have; nothing is checked where it is not given."""
+    entry: str = ""
+    """Of the meta JSON, where several files are one entry."""
 
     def __post_init__(self) -> None:
         name = self.name or self.annotation
@@ -120,11 +122,24 @@ def _data_sets(name: str, entry: Mapping[str, Any], folder: Path) -> list[DataSe
     paths = sorted(glob.glob(annotation)) or sorted(glob.glob(str(folder / annotation)))
     if not paths:
         raise FileNotFoundError(f"{name}: no file is called {annotation}; check `annotation`")
-    sets = [replace(data, annotation=path, name=f"{name}/{Path(path).name}", length=None) for path in paths]
+    sets = [replace(data, annotation=path, name=f"{name}/{Path(path).name}", length=None, entry=name) for path in paths]
     total = sum(len(one) for one in sets)
     if data.length is not None and data.length != total:
         raise ValueError(f"{name}: `length` is {data.length} but {len(paths)} files have {total} records; correct it")
     return sets
+
+
+def by_square_root(sets: Sequence[DataSet]) -> list[DataSet]:
+    """Sets repeated so that an epoch has as many records in all, but of each entry in proportion to the square root.
+
+    Small sets come more often, large ones in part, drawn anew each epoch (official `use_data_resampling`, as meant).
+    """
+    sizes: dict[str, float] = {}
+    for data in sets:
+        name = data.entry or data.name
+        sizes[name] = sizes.get(name, 0.0) + data.repeat * len(data)
+    total = sum(sizes.values()) / sum(math.sqrt(size) for size in sizes.values())
+    return [replace(data, repeat=data.repeat * total / math.sqrt(sizes[data.entry or data.name])) for data in sets]
 
 
 def _number(entry: Mapping[str, Any], field: str, name: str) -> float | None:

@@ -40,6 +40,13 @@ class _Made(NamedTuple):
     num_cut: int
 
 
+def read_pair(mixture: Mixture, number: int) -> Pair:
+    """A record of a mixture; ValueError where it is no pair."""
+    index, position = mixture.locate(number)
+    data = mixture.sets[index]
+    return parse_pair(data.lines.read(position), data.root, data.source(position))
+
+
 @dataclass
 class _Work(Dataset[_Made]):
     """What a worker process holds: entries in, batches out."""
@@ -72,21 +79,16 @@ class _Work(Dataset[_Made]):
 
     def _sample(self, entry: _Entry) -> PairSample:
         seed = [self.mixture.seed, entry.epoch, entry.place]
-        pair = self.pair(entry.number)
+        pair = read_pair(self.mixture, entry.number)
         negative = self._other_text(pair, np.random.default_rng([*seed, 1])) if self.negatives else None
         wanted = self.known is None or not self.known(pair.name)
         return self.encoder.encode(pair, np.random.default_rng(seed), negative, wanted)
-
-    def pair(self, number: int) -> Pair:
-        index, position = self.mixture.locate(number)
-        data = self.mixture.sets[index]
-        return parse_pair(data.lines.read(position), data.root, data.source(position))
 
     def _other_text(self, pair: Pair, rng: np.random.Generator) -> str:
         """A text of a picture drawn from all records: never of this one, nor one that reads like its own."""
         for _ in range(MAX_DRAWS):
             try:
-                other = self.pair(int(rng.integers(len(self.mixture))))
+                other = read_pair(self.mixture, int(rng.integers(len(self.mixture))))
             except ValueError:  # its own turn tells it
                 continue
             text = other.captions[int(rng.integers(len(other.captions)))]
@@ -143,6 +145,19 @@ class PairLoader:
         """One epoch in order, the last batch smaller; the same on every rank; the loader's own place stays."""
         order = [_Entry(0, place, int(number)) for place, number in enumerate(self._order(0))]
         return self._make(order[n : n + self.samples] for n in range(0, len(order), self.samples))
+
+    @property
+    def num_records(self) -> int:
+        """Each counted once."""
+        return len(self._mixture)
+
+    def pair(self, number: int) -> Pair:
+        """A record by its number; ValueError where it is no pair."""
+        return read_pair(self._mixture, number)
+
+    def numbers(self, count: int) -> Int[np.ndarray, " entries"]:
+        """Of the records that come first in a run."""
+        return np.array([self._at(entry).number for entry in range(count)])
 
     @property
     def num_pairs(self) -> int:

@@ -8,25 +8,19 @@ where blocks are recomputed. Memory itself is rehearsed (rehearse.py); here it i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from internvl.config import ChatConfig
+from internvl.config import ChatConfig, DualConfig, VisionConfig
 from internvl.data.loader import BatchSize
 from internvl.train.run import RunConfig
 
 
 def operations(run: RunConfig, config: ChatConfig, size: BatchSize, learned: int) -> float:
     """Of one forward and backward pass over a micro-batch in which `learned` positions have a label."""
-    language, vision = config.language, config.vision
+    language = config.language
     behind_vision = run.vision.learn != "frozen"
     behind_language = behind_vision or run.connector.learn != "frozen" or run.tokens.learn
-    patches = (config.tile_size // vision.patch_size) ** 2 + 1
-    vision_matrix = 4 * vision.width**2 + 2 * vision.width * vision.mlp_width
-    vision_runs = run.data.features == "none"
-    first = vision.depth + run.vision.layers_from if run.vision.layers_from < 0 else run.vision.layers_from
-    share = (vision.depth - first) / vision.depth if behind_vision else 0.0
-    seen: float = 2 * size.tiles * patches * vision.depth * (vision_matrix + 2 * patches * vision.width)
-    seen *= (_passes(run, behind_vision, run.vision.learn == "full") - 1) * share + 1
-    seen += 2 * 3 * vision.patch_size**2 * vision.width * size.tiles * patches
+    seen = run.data.features == "none" and tile_operations(run, config, size.tiles)
     read = 2 * size.positions * language.depth * language.matrix_parameters
     read += 2 * language.depth * language.heads * language.head_width * size.squares  # half of the square: causal
     full = run.language.learn == "full"
@@ -34,7 +28,79 @@ def operations(run: RunConfig, config: ChatConfig, size: BatchSize, learned: int
     connected = 2 * config.connector_parameters * size.tiles * config.tokens_per_tile
     connected *= 3 if run.connector.learn == "full" else 2 if behind_vision else 1
     scored = 2 * learned * language.embedding_parameters * (3 if full else 2)
-    return float(seen * vision_runs + read + connected + scored)
+    return float(seen + read + connected + scored)
+
+
+def tile_operations(run: RunConfig, config: ChatConfig, tiles: int) -> float:
+    """Of the vision part over so many tiles, and back where it learns."""
+    patches = (config.tile_size // config.vision.patch_size) ** 2 + 1
+    return vision_operations(run, config.vision, tiles, patches, patches)
+
+
+def vision_operations(run: RunConfig, vision: VisionConfig, pictures: int, embedded: int, seen: int) -> float:
+    """Of an encoder that embeds so many positions a picture and sees so many of them, and back where it learns."""
+    behind = run.vision.learn != "frozen"
+    first = vision.depth + run.vision.layers_from if run.vision.layers_from < 0 else run.vision.layers_from
+    share = (vision.depth - first) / vision.depth if behind else 0.0
+    found: float = forward_operations(vision, pictures, seen)
+    found *= (_passes(run, behind, run.vision.learn == "full") - 1) * share + 1
+    return found + 2 * 3 * vision.patch_size**2 * vision.width * pictures * embedded
+
+
+def forward_operations(vision: VisionConfig, pictures: int, seen: int) -> float:
+    """Of the blocks of an encoder, one way."""
+    matrix = 4 * vision.width**2 + 2 * vision.width * vision.mlp_width
+    return float(2 * pictures * seen * vision.depth * (matrix + 2 * seen * vision.width))
+
+
+class PairSize(NamedTuple):
+    """What a batch of pairs holds; texts as padded positions in all."""
+
+    pairs: int
+    embedded: int
+    """Positions of a picture, the class token among them."""
+    seen: int
+    """Those that the encoder sees."""
+    contrast: int
+    match: int = 0
+    caption: int = 0
+    learned: int = 0
+    """Caption tokens that are scored."""
+
+
+def pair_operations(run: RunConfig, config: DualConfig, size: PairSize, rows: int) -> float:
+    """Of a step of the stages on pairs, of which a rank has `rows`; attention among text tokens is left out."""
+    language, width = config.language, config.language.width
+    recomputed = run.pairs.micro_batch is not None and rows > run.pairs.micro_batch
+    full, learns = run.language.learn == "full", run.language.learn != "frozen"
+
+    def read(positions: int, behind: bool) -> float:
+        passes = _passes(run, behind, full) + (behind and recomputed)
+        return float(2 * positions * language.depth * language.matrix_parameters * passes)
+
+    looks = run.data.features == "none"
+    found = looks * vision_operations(run, config.vision, size.pairs, size.embedded, size.seen)
+    if run.stage == "contrastive":
+        found += (
+            looks
+            * recomputed
+            * (run.vision.learn != "frozen")
+            * forward_operations(config.vision, size.pairs, size.seen)
+        )
+        pooled = 2 * size.pairs * config.vision.width * (2 * size.seen * config.vision.width)
+        return found + pooled * (3 + recomputed) + read(size.contrast, learns)
+    queries = config.num_queries * size.pairs
+    hard = run.pairs.negatives == "hard"
+    match_rows = (3 if hard else 1) * size.pairs
+    found += read(size.contrast, learns) + read(queries, True) * (1 + recomputed) + read(size.caption, True)
+    found += read((3 if hard else 1) * size.match + config.num_queries * match_rows, True)
+    inner = language.heads * language.head_width
+    asked = config.num_queries * (match_rows + size.pairs)
+    shown = size.pairs + (match_rows if recomputed else size.pairs)
+    cross = 2 * asked * 2 * inner * width + 4 * asked * size.seen * inner
+    cross += 2 * shown * size.seen * 2 * inner * config.vision.width
+    found += cross * sum(map(config.crosses, range(language.depth))) * (3 + recomputed)
+    return found + 2 * size.learned * language.embedding_parameters * 2
 
 
 def heaviest(run: RunConfig, config: ChatConfig, sizes: Sequence[BatchSize]) -> int:

@@ -1,16 +1,16 @@
 """A training step rehearsed with tensors that have shapes and no memory: how many bytes are alive at its peak.
 
-The stage's own code runs, so freezing, adapters, packing, autocast and checkpointing count as they are. Kernels'
-scratch, the allocator's slack, CUDA's context and communication buffers are not known here.
+Of the sft stage here, of the others in rehearse_others.py. The stage's own code runs, so freezing, adapters, packing,
+autocast and checkpointing count as they are. Kernels' scratch, the allocator's slack, CUDA's context and communication
+buffers are not known here.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,11 +24,11 @@ from internvl.config import ChatConfig
 from internvl.models.attention import sdpa_only
 from internvl.models.build import build
 from internvl.models.chat import ChatModel
-from internvl.models.layers import resize_positions
 from internvl.tokens import SPECIAL_TOKENS, token_id
 from internvl.train import trainable
 from internvl.train.run import RunConfig
-from internvl.train.stages.sft import LOSS, Prepared, Sft
+from internvl.train.stages.sft import Prepared, Sft
+from internvl.train.weightless import weightless
 
 
 @dataclass(frozen=True)
@@ -109,72 +109,82 @@ class LiveBytes(TorchDispatchMode):
         weakref.finalize(storage, gone)
 
 
-def rehearse(run: RunConfig, config: ChatConfig, tokenizer: Any, batch: ChatBatch, device: str = "cuda") -> Memory:
-    """Memory of a step of the sft stage over `batch`, on one device; twice over it where gradients accumulate.
+def alive(
+    run: RunConfig,
+    learned: Sequence[nn.Parameter],
+    held: Iterable[Tensor],
+    losses: Callable[[], Mapping[str, Tensor]],
+    *,
+    given: Iterable[Tensor] = (),
+    vocab_size: int = 0,
+    largest_unit: int = 0,
+    device: str = "cuda",
+) -> Memory:
+    """Memory of a step over the micro-batch behind `losses`, twice over it where gradients accumulate.
 
-    `device` "cpu" runs the attention that a CPU would, which may hold scores.
+    `held`: weights and whatever else lies on the device throughout, beside what learns and its moments. `given`: what
+    is there for the step, such as pixels.
     """
-    prepared = Sft(run, _Config(config), tokenizer, None, None).prepare(batch)  # type: ignore[arg-type]
-    model = build(_plain(config), device="meta")
-    model.image_token_id = token_id(tokenizer, SPECIAL_TOKENS[2])
-    learner = trainable.choose(model, run, [token_id(tokenizer, token) for token in SPECIAL_TOKENS])
-    if run.grad_checkpoint:
-        model.checkpoint()
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        _place(model, learner.rows)
-        embeddings = model.vision.embeddings  # its memory of resized positions goes by address, which these have not
-        embeddings.positions = partial(resize_positions, embeddings.position_embedding)  # type: ignore[method-assign]
-        learner = replace(learner, parameters=_learned(model, learner.rows))
-        learner.train_mode()
-        stage = _Rehearsal(run, model, tokenizer, None, None)  # type: ignore[arg-type]
-        if run.data.features != "none":
-            stage.store = _Kept(model)  # type: ignore[assignment]
-        learned = list(learner.parameters.values())
-        moments = [torch.zeros_like(p) for p in learned for _ in range(2)]
-        mine = _fake(fake, prepared)
-        live = LiveBytes(config.language.vocab_size)
-        every = [*model.parameters(), *model.buffers(), *learned, *moments]
-        for tensor in every:
-            live.hold(tensor)
-        fixed = live.now
-        _count_gradients(learned, live)
-        with live, sdpa_only() if device == "cuda" else nullcontext():
-            for _ in range(min(2, run.accumulate)):
-                _backward(run, stage, mine)
+    moments = [torch.zeros_like(p) for p in learned for _ in range(2)]
+    live = LiveBytes(vocab_size)
+    for tensor in [*held, *learned, *moments]:
+        live.hold(tensor)
+    fixed = live.now
+    for tensor in given:
+        live.hold(tensor)
+    _count_gradients(learned, live)
+    with live, sdpa_only() if device == "cuda" else nullcontext():
+        for _ in range(min(2, run.accumulate)):
+            _backward(run, losses)
     moment_bytes = sum(m.nbytes for m in moments)
     gradients = sum(p.nbytes for p in learned)
     # at the end of a step every gradient is there, and no activation
     floor = fixed + gradients
     peak, (peak_gradients, logits) = max((live.peak, live.at_peak), (floor, (gradients, 0)))
     count = sum(p.numel() for p in learned)
-    unit = _largest(model)
-    return Memory(fixed - moment_bytes, moment_bytes, gradients, peak, peak_gradients, logits, count, unit)
+    return Memory(fixed - moment_bytes, moment_bytes, gradients, peak, peak_gradients, logits, count, largest_unit)
 
 
-def _place(*modules: nn.Module | None) -> None:
-    """Parameters and buffers of the meta device, as tensors of a CPU without memory: autocast knows those."""
-    known: dict[int, nn.Parameter] = {}
-    for module in (m for some in modules if some is not None for m in some.modules()):
-        for name, old in module._parameters.items():
-            if old is not None:
-                fresh = torch.empty(old.shape, dtype=old.dtype, device="cpu")
-                module._parameters[name] = known.setdefault(id(old), nn.Parameter(fresh, old.requires_grad))
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+def rehearse(run: RunConfig, config: ChatConfig, tokenizer: Any, batch: ChatBatch, device: str = "cuda") -> Memory:
+    """Memory of a step of the sft stage over `batch`, on one device; twice over it where gradients accumulate.
+
+    `device` "cpu" runs the attention that a CPU would, which may hold scores.
+    """
+    prepared = Sft(run, _Config(config), tokenizer, None, None).prepare(batch)  # type: ignore[arg-type]
+    model = build(plain(config), device="meta")
+    model.image_token_id = token_id(tokenizer, SPECIAL_TOKENS[2])
+    learner = trainable.choose(model, run, [token_id(tokenizer, token) for token in SPECIAL_TOKENS])
+    if run.grad_checkpoint:
+        model.checkpoint()
+    with weightless(model, learner.rows) as fake:
+        learned = learned_of(model, learner.rows)
+        replace(learner, parameters=learned).train_mode()
+        stage = _Rehearsal(run, model, tokenizer, None, None)  # type: ignore[arg-type]
+        if run.data.features != "none":
+            stage.store = Kept(model)  # type: ignore[assignment]
+        mine = _fake(fake, prepared)
+        return alive(
+            run,
+            list(learned.values()),
+            [*model.parameters(), *model.buffers()],
+            lambda: stage.losses(mine),
+            vocab_size=config.language.vocab_size,
+            largest_unit=largest(model, model.language.model.get_input_embeddings()),
+            device=device,
+        )
 
 
-def _learned(model: ChatModel, rows: nn.Module | None) -> dict[str, nn.Parameter]:
+def learned_of(model: nn.Module, rows: nn.Module | None = None) -> dict[str, nn.Parameter]:
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return found | ({} if rows is None else {f"{trainable.ROWS}.{name}": p for name, p in rows.named_parameters()})
 
 
-def _backward(run: RunConfig, stage: Sft, prepared: Prepared) -> None:
+def _backward(run: RunConfig, losses: Callable[[], Mapping[str, Tensor]]) -> None:
     """As the loop does it."""
     cast = torch.autocast("cpu", torch.bfloat16) if run.precision == "bf16" else nullcontext()
     with cast:
-        loss = stage.losses(prepared)[LOSS]
-    (loss / 2.0).backward()
+        sums = losses()
+    torch.stack([value / 2.0 for value in sums.values()]).sum().backward()
 
 
 def _count_gradients(learned: Sequence[Tensor], live: LiveBytes) -> None:
@@ -201,7 +211,7 @@ def _fake(fake: FakeTensorMode, prepared: Prepared) -> Prepared:
     return whole
 
 
-def _plain(config: ChatConfig) -> ChatConfig:
+def plain(config: ChatConfig) -> ChatConfig:
     """Without what chooses by the value of positions or lengths (scaled rotary angles, windows): memory is the same."""
     settings = {k: v for k, v in config.language.settings.items() if k not in ("rope_scaling", "sliding_window")}
     parameters = settings.get("rope_parameters")
@@ -210,20 +220,24 @@ def _plain(config: ChatConfig) -> ChatConfig:
     return replace(config, language=replace(config.language, settings=settings))
 
 
-def _largest(model: ChatModel) -> int:
-    """Bytes of the largest block, or of the token table, which is a unit of its own."""
+def largest(model: nn.Module, *others: nn.Module) -> int:
+    """Bytes of the largest block, or of another module that full sharding gathers by itself, such as a token table."""
     blocks = [block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m]
-    units = [sum(p.nbytes for p in block.parameters()) for block in blocks]
-    table: Tensor = model.language.model.get_input_embeddings().weight
-    return max([*units, table.nbytes])
+    return max(sum(p.nbytes for p in unit.parameters()) for unit in [*blocks, *others])
 
 
-class _Rehearsal(Sft):
-    """The stage, but for the pixels: normalising them on a CPU goes through numpy, which has real memory only."""
+class Blank:
+    """What a stage sees of tiles, but for their pixels: normalising on a CPU goes through numpy, in real memory."""
+
+    model: ChatModel
 
     def _features(self, tiles: Tensor) -> Tensor:
         states: Tensor = self.model.vision(torch.zeros(tiles.shape), self.model.config.feature_layer)
         return states[:, 1:]
+
+
+class _Rehearsal(Blank, Sft):
+    """The stage without pixels."""
 
 
 class _Config:
@@ -233,14 +247,16 @@ class _Config:
         self.config = config
 
 
-class _Kept:
+class Kept:
     """Features that are there already: after the first epoch, the vision part does not run."""
 
     def __init__(self, model: ChatModel) -> None:
         self.model = model
 
     def gather(self, tiles: Tensor, *_: Any) -> Tensor:
+        return torch.stack([self.get(b"") for _ in range(len(tiles))])
+
+    def get(self, name: bytes) -> Tensor:
         config = self.model.config
         patches = (config.tile_size // config.vision.patch_size) ** 2
-        dtype = next(self.model.vision.parameters()).dtype
-        return torch.zeros(len(tiles), patches, config.vision.width, dtype=dtype)
+        return torch.zeros(patches, config.vision.width, dtype=next(self.model.vision.parameters()).dtype)

@@ -53,6 +53,9 @@ class Data:
     """JSONL or meta JSON never trained on; its loss is the held-out loss."""
     held_out_samples: int | None = None
     """How many of them, the same ones each time, of every set in proportion; all when not given."""
+    shares: Literal["length", "sqrt"] = "length"
+    """Of the sets in an epoch: by their records, or by the square root of how many they are (official
+    `use_data_resampling`, as it was meant)."""
     batch_samples: int | None = 16
     """Most samples in one micro-batch. In the stages on pairs: pairs of a step, which all ranks share."""
     batch_tokens: int | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from internvl.compose import CHAT_TYPES, VISION_TYPE, open_vision
+from internvl.compose import CHAT_TYPES, VISION_TYPE, open_vision, vision_of
+from internvl.config import ChatConfig
+from internvl.convert.dual import from_official
 from internvl.convert.files import read_json
 from internvl.data.images import normalise
 from internvl.data.packaged import efficientnet as packaged
@@ -25,7 +28,7 @@ from internvl.locate import locate
 from internvl.models import efficientnet
 from internvl.models.build import build, build_dual
 from internvl.models.internvit import InternViT
-from internvl.zoo import CHAT, DUAL
+from internvl.zoo import CHAT, DUAL, VISION
 
 LITE0 = "efficientnet-lite0"
 
@@ -130,6 +133,31 @@ def open_teacher(name: str, dtype: torch.dtype = torch.float32) -> Teacher:
         return _teacher(name, vision, vision.config.image_size)
     dual = load_dual(folder, dtype=dtype)
     return _teacher(name, dual.model.vision, dual.config.side)
+
+
+def sketch_teacher(name: str, dtype: torch.dtype = torch.float32) -> Teacher:
+    """The same without weights, from its configuration or, where its folder is not here, the release of that name."""
+    if name == LITE0:
+        with torch.device("meta"):
+            network = efficientnet.EfficientNetLite0()
+        network.requires_grad_(False)
+        return Teacher(name, network.eval(), efficientnet.SIDE, efficientnet.SIDE // 32, efficientnet.WIDTH)
+    seen: ChatConfig | None = CHAT.get(name)
+    dual = DUAL.get(name)
+    config = seen.vision if seen is not None else dual.vision if dual is not None else VISION.get(Path(name).name)
+    if config is None:
+        folder = locate(name)
+        kind = read_json(folder / "config.json").get("model_type")
+        if kind in (*CHAT_TYPES, VISION_TYPE):
+            config, seen = vision_of(folder)
+        else:
+            dual = from_official(read_json(folder / "config.json"), folder / "config.json")
+            config = dual.vision
+    with torch.device("meta"):
+        vision = InternViT(config).to(dtype)
+    if seen is not None:
+        return _teacher(name, vision, seen.tile_size, seen.normalize, seen.feature_layer)
+    return _teacher(name, vision, dual.side if dual is not None else config.image_size)
 
 
 def _teacher(name: str, vision: InternViT, side: int, normalize: str = "imagenet", tap: int = -1) -> Teacher:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from internvl.batch import PairBatch
+from internvl.config import DualConfig
 from internvl.data.dual_texts import DualTokeniser
 from internvl.data.image_text import Forms, PairEncoder, PairSettings
 from internvl.data.images import normalise
-from internvl.data.mixture import read_sets
+from internvl.data.mixture import by_square_root, read_sets
 from internvl.data.pair_loader import PairLoader
 from internvl.load_dual import LoadedDual
 from internvl.models.contrastive import DualModel
@@ -40,12 +41,16 @@ class PairStage(ABC):
     forms: Forms
 
     def __init__(self, run: RunConfig, loaded: LoadedDual) -> None:
-        _check(run)
+        check(run)
         self.run, self.model, self.tokenizer = run, loaded.model, loaded.tokenizer
         self.store = MemoryStore() if run.data.features == "memory" else None
-        self.loader = self._loader(loaded, run.data.meta, learning=True)
-        held_out = run.data.held_out
-        self.held_out = self._loader(loaded, held_out, learning=False) if held_out else None
+        words, known = DualTokeniser(loaded.tokenizer, loaded.config.language), None
+        if self.store is not None:
+            known = self.store.__contains__
+        self.loader = open_pairs(run, loaded.config, words, self.forms, known=known)
+        self.held_out = None
+        if run.data.held_out:
+            self.held_out = open_pairs(run, loaded.config, words, self.forms, learning=False, known=known)
 
     @abstractmethod
     def wanted(self, name: str) -> bool:
@@ -125,30 +130,39 @@ class PairStage(ABC):
         out: Tensor = self.model.vision(normalise(pixels, "imagenet"), kept=kept)
         return out
 
-    def _loader(self, loaded: LoadedDual, meta: str, learning: bool) -> PairLoader:
-        """Held-out pairs are shown whole, in order; an unusable one ends the run."""
-        run, data, pairs = self.run, self.run.data, self.run.pairs
-        config, side = loaded.config, self.run.pairs.side or loaded.config.side
-        settings = PairSettings(side, config.vision.patch_size, forms=self.forms)
-        if learning:
-            settings = replace(settings, area=(pairs.area[0], pairs.area[1]), mask_share=pairs.mask_share)
-        sets = read_sets(meta)
-        if not learning and data.held_out_samples is not None:
-            share = min(1.0, data.held_out_samples / sum(len(some) for some in sets))
-            sets = [replace(some, repeat=share) for some in sets]
-        return PairLoader(
-            sets,
-            PairEncoder(DualTokeniser(loaded.tokenizer, config.language), settings),
-            data.batch_samples or 16,
-            seed=run.seed,
-            shuffle=learning,
-            negatives=self.forms == "all" and (pairs.negatives == "random" or not learning),
-            workers=data.workers if learning else 0,
-            on_error="skip" if learning and data.on_error == "skip" else "error",
-            rank=collectives.rank() if learning else 0,  # held-out pairs are whole on every rank
-            ranks=collectives.num_ranks() if learning else 1,
-            known=None if self.store is None else self.store.__contains__,
-        )
+
+def open_pairs(
+    run: RunConfig,
+    config: DualConfig,
+    words: DualTokeniser,
+    forms: Forms,
+    learning: bool = True,
+    known: Callable[[bytes], bool] | None = None,
+) -> PairLoader:
+    """The pairs of a run. Held-out ones are shown whole, in order, on every rank; an unusable one ends the run."""
+    data, pairs = run.data, run.pairs
+    settings = PairSettings(pairs.side or config.side, config.vision.patch_size, forms=forms)
+    if learning:
+        settings = replace(settings, area=(pairs.area[0], pairs.area[1]), mask_share=pairs.mask_share)
+    sets = read_sets(data.meta if learning else data.held_out)
+    if learning and data.shares == "sqrt":
+        sets = by_square_root(sets)
+    if not learning and data.held_out_samples is not None:
+        share = min(1.0, data.held_out_samples / sum(len(some) for some in sets))
+        sets = [replace(some, repeat=share) for some in sets]
+    return PairLoader(
+        sets,
+        PairEncoder(words, settings),
+        data.batch_samples or 16,
+        seed=run.seed,
+        shuffle=learning,
+        negatives=forms == "all" and (pairs.negatives == "random" or not learning),
+        workers=data.workers if learning else 0,
+        on_error="skip" if learning and data.on_error == "skip" else "error",
+        rank=collectives.rank() if learning else 0,
+        ranks=collectives.num_ranks() if learning else 1,
+        known=known,
+    )
 
 
 def with_tokenizer(run: RunConfig, loaded: LoadedDual) -> LoadedDual:
@@ -158,7 +172,8 @@ def with_tokenizer(run: RunConfig, loaded: LoadedDual) -> LoadedDual:
     return loaded
 
 
-def _check(run: RunConfig) -> None:
+def check(run: RunConfig) -> None:
+    """ValueError for settings that have no meaning for pairs."""
     data, pairs = run.data, run.pairs
     if not data.meta:
         raise ValueError("data.meta is not given; set --data.meta to a meta JSON or a JSONL file of pairs")

@@ -20,7 +20,7 @@ from internvl.data.batching import BatchSettings
 from internvl.data.encode import Encoder
 from internvl.data.images import normalise
 from internvl.data.loader import Loader
-from internvl.data.mixture import read_sets
+from internvl.data.mixture import by_square_root, read_sets
 from internvl.load import load_checkpoint
 from internvl.models.chat import ChatModel
 from internvl.parallel import collectives
@@ -259,6 +259,8 @@ def open_loader(run: RunConfig, tokenizer: Any, config: ChatConfig, path: str, l
         raise ValueError("data.meta is not given; set --data.meta to a meta JSON or a JSONL file")
     config = config if data.max_tiles is None else replace(config, max_tiles=data.max_tiles)
     sets = read_sets(path)
+    if learning and data.shares == "sqrt":
+        sets = by_square_root(sets)
     if not learning or data.augment == "off":
         sets = [replace(some, augment=False) for some in sets]
     if not learning and data.held_out_samples is not None:

@@ -1,0 +1,165 @@
+"""Steps of the stages on pairs, of distillation and of alignment, rehearsed: what stays, what passes, at the peak.
+
+As rehearse.py does it for chat rows: the stage's own code on tensors without memory. Whole numbers stay real.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from internvl.batch import PairBatch
+from internvl.config import ChatConfig, DualConfig
+from internvl.models.build import build, build_dual
+from internvl.models.contrastive import DualModel
+from internvl.models.internvit import InternViT
+from internvl.train import trainable
+from internvl.train.cells import Cells
+from internvl.train.rehearse import Blank, Kept, Memory, alive, largest, learned_of, plain
+from internvl.train.run import RunConfig
+from internvl.train.stages.align import Align
+from internvl.train.stages.contrastive import Contrastive
+from internvl.train.stages.distill import DistillStage, Tiles, projection
+from internvl.train.stages.generative import Generative
+from internvl.train.stages.pairs import PairStage
+from internvl.train.teachers import Teacher, last_states, pool_grid
+from internvl.train.weightless import Numbers, weightless
+
+
+def rehearse_pairs(run: RunConfig, config: DualConfig, batch: PairBatch, side: int, device: str = "cuda") -> Memory:
+    """Memory of a step over one rank's part of a batch; `batch` needs no pixels, they are `side` px wide."""
+    model = build_dual(config, device="meta")
+    stage = _Images(run, model) if run.stage == "contrastive" else _Queries(run, model)
+    learner = stage.begin(replace(run, compile=False), torch.device("meta"))
+    with weightless(model):
+        learned = learned_of(model)
+        replace(learner, parameters=learned).train_mode()
+        whole = replace(batch, pixels=torch.empty(batch.num_pairs, 3, side, side, dtype=torch.uint8))
+        with Numbers():
+            return alive(
+                run,
+                list(learned.values()),
+                [*model.parameters(), *model.buffers()],
+                lambda: stage.losses(whole),
+                given=[whole.pixels],
+                vocab_size=config.language.vocab_size,
+                largest_unit=largest(model, model.qllama.embed_tokens),
+                device=device,
+            )
+
+
+class _Unread(PairStage):
+    """A stage on pairs without pairs, and without pixels."""
+
+    def __init__(self, run: RunConfig, model: DualModel) -> None:
+        self.run, self.model, self.store = run, model, None
+
+    def features(self, batch: PairBatch) -> Float[Tensor, "pairs positions dim"]:
+        if self.run.data.features == "none":
+            return super().features(batch)
+        vision = self.model.vision
+        dtype = torch.bfloat16 if self.run.precision == "bf16" else torch.float32
+        return torch.zeros(batch.num_pairs, vision.config.num_positions, vision.config.width, dtype=dtype)
+
+    def _look(self, pixels: Tensor, kept: Tensor | None = None) -> Float[Tensor, "pairs positions dim"]:
+        out: Tensor = self.model.vision(torch.zeros(pixels.shape), kept=kept)
+        return out
+
+
+class _Images(_Unread, Contrastive):
+    """Stage 1."""
+
+
+class _Queries(_Unread, Generative):
+    """Stage 2."""
+
+
+def rehearse_align(run: RunConfig, config: ChatConfig, batch: Cells, num_words: int, device: str = "cuda") -> Memory:
+    """Memory of a step of the align stage; the language model lies beside it and does not run."""
+    model = build(plain(config), device="meta")
+    learner = trainable.choose(model, run)
+    with weightless(model):
+        learned = learned_of(model)
+        replace(learner, parameters=learned).train_mode()
+        stage = _Placing(run, model, num_words)
+        with Numbers():
+            return alive(
+                run,
+                list(learned.values()),
+                [*model.parameters(), *model.buffers(), stage.table, stage.directions],
+                lambda: stage.losses(batch),
+                largest_unit=largest(model),
+                device=device,
+            )
+
+
+class _Placing(Blank, Align):
+    """The stage without records."""
+
+    def __init__(self, run: RunConfig, model: Any, num_words: int) -> None:
+        self.run, self.model = run, model
+        self.store = Kept(model) if run.data.features != "none" else None  # type: ignore[assignment]
+        width = model.config.language.width
+        self.table = torch.zeros(num_words, width)
+        self.directions = torch.zeros(24, width)
+
+
+def rehearse_distill(
+    run: RunConfig, config: ChatConfig, teacher: Teacher, num_tiles: int, device: str = "cuda"
+) -> Memory:
+    """Memory of a step of distillation over so many tiles: student, its projections, the teacher beside."""
+    model = build(plain(config), device="meta")
+    learner = trainable.choose(model, run)
+    model.vision.checkpointing = run.grad_checkpoint
+    with torch.device("meta"):
+        behind = nn.ModuleList(
+            projection(config.vision.width, teacher.width, run.distill.projection) for _ in range(run.distill.layers)
+        )
+    with weightless(model, behind, teacher.module):
+        learned = learned_of(model)
+        replace(learner, parameters=learned).train_mode()
+        stage = _Student(run, model, teacher, list(behind))
+        tiles = torch.empty(num_tiles, 3, config.tile_size, config.tile_size, dtype=torch.uint8)
+        batch = Tiles(tiles, ())
+        with Numbers():
+            return alive(
+                run,
+                [*learned.values(), *behind.parameters()],
+                [*model.parameters(), *model.buffers(), *teacher.module.parameters()],
+                lambda: stage.losses(batch),
+                given=[tiles],
+                largest_unit=largest(model),
+                device=device,
+            )
+
+
+class _Student(DistillStage):
+    """The stage without pictures."""
+
+    def __init__(self, run: RunConfig, model: Any, teacher: Teacher, behind: list[nn.Module]) -> None:
+        self.run, self.model, self.teacher, self.settings = run, model, teacher, run.distill
+        self.coefficients = self.factors(run)
+        self.side = min(self.grid, teacher.grid)
+        self.projections, self.mean = behind, None
+
+    def _target(self, batch: Tiles) -> Float[Tensor, "tiles states positions width"]:
+        if self.settings.features == "none":
+            return self._taught(batch.tiles).float()
+        shape = (len(batch.tiles), self.settings.layers, self.side**2 + 1, self.teacher.width)
+        return torch.zeros(shape, dtype=torch.bfloat16).float()
+
+    def _pixels(self, tiles: Tensor) -> Float[Tensor, "tiles 3 side side"]:
+        return torch.zeros(tiles.shape)
+
+    @torch.no_grad()
+    def _taught(self, tiles: Tensor) -> Float[Tensor, "tiles states positions width"]:
+        teacher = self.teacher
+        if not isinstance(teacher.module, InternViT):
+            return super()._taught(tiles)
+        pixels = torch.zeros(len(tiles), 3, teacher.side, teacher.side, dtype=next(teacher.module.parameters()).dtype)
+        found = last_states(teacher.module, pixels, teacher.tap, self.settings.layers)
+        return pool_grid(torch.stack(found, dim=1), self.side).to(torch.bfloat16)

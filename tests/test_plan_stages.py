@@ -1,0 +1,160 @@
+"""internvl plan for the stages on pairs, distillation and alignment: against the allocator, torch's count, the run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from internvl.cli import main
+from internvl.load_dual import load_dual
+from internvl.plan_run import changes, open_outlook, plan_run, subject
+from internvl.train import cost
+from internvl.train.dry import write_model, write_records
+from internvl.train.outlook_pairs import PairOutlook
+from internvl.train.recipes import v1_0
+from internvl.train.rehearse_others import rehearse_distill, rehearse_pairs
+from internvl.train.run import RunConfig
+from internvl.train.settings import Data, Distill, Pairs, Part, Schedule
+from internvl.train.stages import open_stage
+from internvl.train.teachers import sketch_teacher
+from test_plan_run import MEASURES
+from tiny import tiny_chat_config
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan-stages")
+    v1_0.write_tiny_model(folder / "dual")
+    v1_0.write_tiny_pairs(folder / "pairs.jsonl")
+    write_model(folder / "chat", tiny_chat_config())
+    write_records(folder / "records" / "records.jsonl")
+    return folder
+
+
+def of_pairs(inputs: Path, stage: str = "contrastive", **changes: Any) -> RunConfig:
+    run = v1_0.tiny_contrastive() if stage == "contrastive" else v1_0.tiny_generative()
+    data = Data(meta=str(inputs / "pairs.jsonl"), batch_samples=16)
+    base: dict[str, Any] = {"model": str(inputs / "dual"), "data": data, "device": "cpu", "stage": stage}
+    return replace(run, **{**base, "pairs": Pairs(), **changes})
+
+
+def of_pictures(inputs: Path, stage: str, **changes: Any) -> RunConfig:
+    data = Data(meta=str(inputs / "records" / "records.jsonl"), batch_samples=6, max_tiles=4, augment="off")
+    parts = {"vision": Part("full")} if stage == "distill" else {"vision": Part("full"), "connector": Part("full")}
+    distill = Distill("tiny-6b-llama", layers=2, relation=1.0)
+    base: dict[str, Any] = {"stage": stage, "model": str(inputs / "chat"), "data": data, "distill": distill}
+    return RunConfig(**{**base, "schedule": Schedule(steps=3), "device": "cpu", **parts, **changes})
+
+
+PAIR_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "contrastive": ("contrastive", {}),
+    "masked, in pieces": ("contrastive", {"pairs": Pairs(micro_batch=4, mask_share=0.5)}),
+    "frozen, bf16, recomputed": ("contrastive", {"vision": Part(), "precision": "bf16", "grad_checkpoint": True}),
+    "generative": ("generative", {}),
+    "hard, in pieces": ("generative", {"pairs": Pairs(negatives="hard", micro_batch=4)}),
+}
+
+
+@pytest.mark.parametrize("name", PAIR_CASES)
+def test_rehearsed_memory_of_pairs_is_that_of_the_allocator(inputs: Path, name: str) -> None:
+    stage, changes = PAIR_CASES[name]
+    run = of_pairs(inputs, stage, **changes)
+    found, _, batch = MEASURES.measured_stage(run)
+    planned = rehearse_pairs(run, load_dual(run.model).config, batch, batch.pixels.shape[-1], "cpu")
+    assert planned.peak == pytest.approx(found, rel=0.1)
+
+
+@pytest.mark.parametrize("features", ["none", "memory"])
+def test_rehearsed_memory_of_distillation(inputs: Path, features: Any) -> None:
+    run = of_pictures(inputs, "distill", distill=Distill("tiny-6b-llama", layers=2, relation=1.0, features=features))
+    found, stage, batch = MEASURES.measured_stage(run)
+    teacher = sketch_teacher(run.distill.teacher)
+    planned = rehearse_distill(run, stage.model.config, teacher, len(batch.tiles), "cpu")
+    assert planned.peak == pytest.approx(found, rel=0.1)
+    assert planned.learned == sum(p.numel() for p in stage.model.vision.parameters()) + sum(
+        p.numel() for behind in stage.projections for p in behind.parameters()
+    )
+
+
+@pytest.mark.parametrize("vision", ["full", "frozen"])
+def test_planned_memory_of_alignment(inputs: Path, vision: Any) -> None:
+    """By way of the whole plan: tokens that are looked at are counted from the regions alone."""
+    run = of_pictures(inputs, "align", vision=Part(vision))
+    found, _, batch = MEASURES.measured_stage(run)
+    plan = plan_run(subject(run), 1, "cpu")
+    assert plan.memory.peak == pytest.approx(found, rel=0.1)
+    assert plan.worst_learned == len(batch.tokens)
+    assert (plan.worst.tiles, plan.samples, plan.micro_batches) == (6, 6, 1)
+
+
+def test_the_worst_part_of_a_batch_is_planned(inputs: Path) -> None:
+    """One caption is much longer: the plan knows it without a picture."""
+    lines = (inputs / "pairs.jsonl").read_text().splitlines(keepends=True)
+    long = json.loads(lines[3]) | {"caption": "red beside blue, " * 4}
+    path = inputs / "long.jsonl"
+    path.write_text("".join([*lines[:3], json.dumps(long) + "\n", *lines[4:]]))
+    run = of_pairs(inputs, data=Data(meta=str(path), batch_samples=10))
+    about = subject(run)
+    plan, usual = (
+        plan_run(about, 1, "cpu"),
+        plan_run(subject(of_pairs(inputs, data=replace(run.data, meta=str(inputs / "pairs.jsonl")))), 1, "cpu"),
+    )
+    outlook = open_outlook(about)
+    assert isinstance(outlook, PairOutlook)
+    assert plan.worst.positions == 10 * outlook.lengths[3, 0] > usual.worst.positions
+    assert plan.memory.peak > usual.memory.peak
+    stage: Any = open_stage(run)
+    seen = [batch.contrast.ids.numel() for _, batch in zip(range(3), stage.batches(), strict=False)]
+    assert [size.positions for size in outlook.sizes()] == seen
+
+
+def test_pairs_are_shared_by_the_gpus(inputs: Path) -> None:
+    about = subject(of_pairs(inputs))
+    one, two = plan_run(about, 1, "cpu"), plan_run(about, 2, "cpu")
+    assert (one.steps_per_epoch, two.steps_per_epoch) == (2, 2)
+    assert (one.worst.samples, two.worst.samples, two.idle) == (16, 8, 0.0)
+    assert two.slowest == pytest.approx(one.slowest / 2, rel=0.1)
+    assert two.memory.activations < 0.7 * one.memory.activations
+    with pytest.raises(ValueError, match="16 pairs a step, which 3 GPUs cannot share evenly"):
+        plan_run(about, 3, "cpu")
+    found = changes(about, round(0.9 * one.memory.peak), device="cpu")
+    assert found[0].words.startswith("--pairs.micro-batch ")
+    assert found[0].price == "the same learning, one more forward pass"
+
+
+@pytest.mark.parametrize("name", ["contrastive", "masked, in pieces", "generative", "hard, in pieces"])
+def test_operations_of_pairs_are_those_that_torch_counts(inputs: Path, name: str) -> None:
+    stage_name, changes = PAIR_CASES[name]
+    run = of_pairs(inputs, stage_name, **changes)
+    stage: Any = open_stage(run)
+    stage.begin(run, torch.device("cpu")).train_mode()
+    batch = next(stage.batches())
+    with FlopCounterMode(display=False) as counter:
+        sum(stage.losses(batch).values()).backward()
+    settings, whole = stage.loader.encoder.settings, stage_name == "generative"
+    others = (batch.match.ids.numel(), batch.caption.ids.numel()) if whole else (0, 0)
+    learned = int((batch.labels != -100).sum()) if whole else 0
+    shown = (settings.num_patches + 1, settings.num_kept + 1)
+    size = cost.PairSize(16, *shown, batch.contrast.ids.numel(), *others, learned)
+    assert cost.pair_operations(run, stage.model.config, size, 16) == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_the_command(inputs: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "tiny_contrastive", "--gpus", "2", "--json", "--rate", "0.001"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["epoch"]["samples"], found["steps"], found["worst"]["samples"]) == (30, 60, 5)
+    assert found["seconds"] > 0
+    records = ["--data", str(inputs / "pairs.jsonl")]
+    assert main(["plan", "v1_0_generative", *records, "--set", "data.batch-samples=32", "--gpus", "8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"] == 13_834_975_747
+    assert found["learned"] == 1_010_334_467
+    assert main(["plan", "tiny_contrastive", "--calibrate"]) == 1
+    assert "give --rate" in capsys.readouterr().err
