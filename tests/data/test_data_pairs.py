@@ -197,7 +197,7 @@ def test_a_cursor_brings_back_the_very_next_batch(meta: Path, workers: int) -> N
 
 def test_ranks_share_the_joint_batch(meta: Path) -> None:
     joint = take(loader(meta, samples=4, settings=ALL, negatives=True), 5)
-    parts = [take(loader(meta, samples=2, settings=ALL, negatives=True, rank=r, ranks=2), 5) for r in range(2)]
+    parts = [take(loader(meta, samples=4, settings=ALL, negatives=True, rank=r, ranks=2), 5) for r in range(2)]
     for number, batch in enumerate(joint):
         assert batch.sources == parts[0][number].sources + parts[1][number].sources
         assert torch.equal(batch.pixels, torch.cat([parts[r][number].pixels for r in range(2)]))

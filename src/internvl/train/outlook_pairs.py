@@ -47,17 +47,17 @@ class PairOutlook:
     @cached_property
     def lengths(self) -> Int[np.ndarray, "records 3"]:
         """Most tokens of each record's texts: to embed, to match, as captions; a record without a text has none."""
-        found = []
+        found: list[list[int]] = []
         for number in range(self.loader.num_records):
             try:
                 texts = self.loader.pair(number).captions
             except ValueError:  # its own turn tells it
-                found.append((1, 1, 1))
+                found.append([1, 1, 1])
                 continue
             whole = max((TEXT_PREFIX + text for text in texts), key=len)
             plain = whole.removeprefix(TEXT_PREFIX)
             rows = (self.words.row(whole), self.words.row(plain), self.words.caption(plain)[0])
-            found.append(tuple(len(row.ids) for row in rows))
+            found.append([len(row.ids) for row in rows])
         return np.array(found)
 
     @cached_property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -47,8 +47,14 @@ class PictureOutlook:
         config = self.config
         if not config.dynamic_tiles or config.max_tiles <= 1:
             return [1] * len(self.pictures)
-        limits = (config.min_tiles, config.max_tiles, config.tile_size, config.thumbnail)
-        return [count_tiles(*header_size(path), *limits) for path in self.pictures]
+        count = partial(
+            count_tiles,
+            min_tiles=config.min_tiles,
+            max_tiles=config.max_tiles,
+            tile_size=config.tile_size,
+            thumbnail=config.thumbnail,
+        )
+        return [count(*header_size(path)) for path in self.pictures]
 
     @cached_property
     def pictures(self) -> list[str]:
