@@ -33,10 +33,10 @@ from internvl.train.outlook_pictures import PictureOutlook
 from internvl.train.recipes.tiny import byte_tokenizer
 from internvl.train.rehearse import Memory
 from internvl.train.run import RunConfig
-from internvl.train.stages import STAGES
 from internvl.train.stages.sft import LOSS, Sft
 from internvl.zoo import CHAT, DUAL, RELEASED
 
+PLANNED = ("sft", "align", "distill", *remedies.PAIRS)
 GPUS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 LARGEST_CALIBRATED = 1_000_000_000
 """Parameters of a model that is built for real to measure a rate."""
@@ -101,8 +101,8 @@ class Change:
 
 def subject(run: RunConfig, release: str = "") -> Subject:
     """Configuration and tokenizer of the run's model, from its folder where it is there."""
-    if run.stage not in STAGES:
-        raise ValueError(f"no stage {run.stage!r}; it is one of {', '.join(STAGES)}")
+    if run.stage not in PLANNED:
+        raise ValueError(f"stage {run.stage!r}; `internvl plan` knows runs of the stages {', '.join(PLANNED)}")
     if run.stage in remedies.PAIRS:
         return _dual_subject(run)
     if run.model in CHAT and run.model != "pocket":
