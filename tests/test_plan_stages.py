@@ -149,7 +149,7 @@ def test_the_command(inputs: Path, tmp_path: Path, capsys: Any, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     assert main(["plan", "tiny_contrastive", "--gpus", "2", "--json", "--rate", "0.001"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["epoch"]["samples"], found["steps"], found["worst"]["samples"]) == (30, 60, 5)
+    assert (found["epoch"]["samples"], found["steps"], found["worst"]["samples"]) == (30, 60, 15)
     assert found["seconds"] > 0
     records = ["--data", str(inputs / "pairs.jsonl")]
     assert main(["plan", "v1_0_generative", *records, "--set", "data.batch-samples=32", "--gpus", "8", "--json"]) == 0

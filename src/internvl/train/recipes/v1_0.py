@@ -109,7 +109,7 @@ def tiny_contrastive() -> RunConfig:
         vision=Part("full"),
         connector=Part("full"),
         language=Part("full"),
-        data=Data(meta=f"{TINY}/pairs.jsonl", held_out=f"{TINY}/held_out.jsonl", batch_samples=10),
+        data=Data(meta=f"{TINY}/pairs.jsonl", held_out=f"{TINY}/held_out.jsonl", batch_samples=30),
         optimiser=Optimiser(peak_lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1),
         schedule=Schedule(steps=60, warmup_share=0.1),
         log_every=10,
