@@ -137,7 +137,7 @@ def _exact(queries: Tensor, vectors: Tensor, top: int, block: int) -> tuple[Tens
 
 
 def _faiss(queries: Tensor, vectors: Tensor, top: int) -> Tensor:
-    """Rows of the `top` best, and all that equal the last of them: which of equal ones faiss gives is its own choice."""
+    """Rows of the `top` best, and all that equal the last of them: of equal ones faiss gives any."""
     try:
         import faiss
     except ImportError as error:
