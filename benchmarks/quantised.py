@@ -79,15 +79,20 @@ def distributions(chat: Chat, asked: Asked, tokens: list[int]) -> Tensor:
     return torch.cat(steps).float().log_softmax(-1)
 
 
-def tokens_per_second(chat: Chat, asked: Asked, rounds: int) -> float:
-    """Steps after the first token, one answer at a time, median."""
+def speed(chat: Chat, asked: Asked, rounds: int) -> dict[str, float]:
+    """Steps after the first token, one answer at a time, medians; CPU time is of use where the machine is not quiet."""
     prompt, visual = job(chat, asked)
-    found = []
+    found, own = [], []
     for _ in range(rounds + 1):
         request = Request(prompt.input_ids, visual=visual, sampling=Sampling(max_new_tokens=SPEED_TOKENS))
+        start = time.process_time()
         Engine.run(chat.engine, [request])
+        own.append(1e3 * (time.process_time() - start) / len(request.tokens))
         found.append((len(request.tokens) - 1) / (request.finished_at - request.first_token_at))
-    return statistics.median(found[1:])
+    return {
+        "tokens/s": round(statistics.median(found[1:]), 1),
+        "CPU ms a token, prompt included": round(statistics.median(own[1:]), 1),
+    }
 
 
 def language_bytes(chat: Chat) -> int:
@@ -145,7 +150,7 @@ def main() -> None:
             {
                 "form": f"{form}, {by}" if rounded else form,
                 "language model MB": round(language_bytes(chat) / 1e6),
-                "tokens/s": round(tokens_per_second(chat, asked[0], options.rounds), 1),
+                **speed(chat, asked[0], options.rounds),
                 "KL to float32, nats": round(float(kl.mean()), 5),
                 "likeliest token equal": round(float(same.mean()), 4),
                 "answers changed": sum(mine != right for mine, right in zip(answers, expected, strict=True)),
@@ -157,7 +162,11 @@ def main() -> None:
             }
         )
         print("  ".join(f"{key}: {value}" for key, value in rows[-1].items()), flush=True)
-    versions = {"torch": torch.__version__, "torchao": version("torchao") if find_spec("torchao") else "none"}
+    versions = {
+        "torch": torch.__version__,
+        "threads": str(torch.get_num_threads()),
+        "torchao": version("torchao") if find_spec("torchao") else "none",
+    }
     print(f"written to {write('quantised', {'rows': rows}, versions, options.out)}")
 
 
