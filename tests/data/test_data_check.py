@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from collections import Counter
 from dataclasses import replace
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
+from internvl.cli import VERBS
 from internvl.commands.data import main
 from internvl.data.check import Checks, check
 from internvl.data.duplicates import repeated
@@ -255,6 +257,16 @@ def test_the_command_ends_with_1_when_something_is_wrong(inputs: Path, capsys: A
     assert (told["given"], told["rejected"], told["wrong"]) == (len(lines) + 1, 1, 1)
     assert [(some["line"], some["reason"]) for some in told["findings"] if some["reason"] == "json"] == [(4, "json")]
     assert "Data check: bad.jsonl" in page.read_text()
+
+
+def test_the_help_of_the_command_line_names_every_verb_of_data(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    listed = re.search(r"\{([\w,]+)\}", capsys.readouterr().out)
+    assert listed is not None
+    verbs = set(listed[1].split(","))
+    assert {"collect", "build", "dual", "show", "check"} <= verbs
+    assert verbs <= set(re.findall(r"\w+", VERBS["data"]))
 
 
 def test_show_draws_a_sheet_of_records(inputs: Path, capsys: Any) -> None:

@@ -22,7 +22,8 @@ FORMS: tuple[Form, ...] = ("int8", "int4")
 
 def probe(model: ChatModel) -> torch.Tensor:
     ids, tiles = tiny_batch(40, 2)
-    return model(ids, tiles.bfloat16())
+    logits: torch.Tensor = model(ids, tiles.bfloat16())
+    return logits
 
 
 def bfloat16(family: str = "llama") -> ChatModel:
