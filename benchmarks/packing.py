@@ -6,8 +6,9 @@ Lengths and tiles are those of real records, from text and headers (`internvl da
 drawn mixture of text, pictures, several pictures and videos at 448 px. Part one plans rows and deals them to 8 ranks.
 Part two trains `pocket` with fewer language layers and random weights on the same records at equal memory, that is at
 most so many positions a step, the padding counted: our padded rows, our packed rows, transformers' Trainer with its
-InternVL and padded rows. Tokens are real ones, padding is not counted. TRL does not pack pictures (`sft_trainer.py`):
-it is no peer.
+InternVL and padded rows, and TRL's SFTTrainer (`pip install trl`) with the same. TRL packs text alone: a data set with
+pictures it refuses (`sft_trainer.py`, 1.16). So part three takes the same lengths as text: our packed rows, TRL's
+padded ones, TRL's packing ("bfd", boundaries by position ids). Tokens are real ones, padding is not counted.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,7 @@ from internvl.data.encode import Encoder, Sample
 from internvl.data.images import normalise
 from internvl.data.mixture import Mixture, read_sets
 from internvl.data.packing import Packing, Room, simulate
-from internvl.load import read_tokenizer, save_checkpoint
+from internvl.load import load_checkpoint, read_tokenizer, save_checkpoint
 from internvl.locate import locate
 from internvl.models.build import build
 from internvl.tokens import IGNORE_INDEX, IMAGE_TOKEN, token_id
@@ -158,28 +161,39 @@ def our_epoch(sft: Sft, run: RunConfig, batches: list[ChatBatch]) -> Callable[[]
     return epoch
 
 
+def peer_model(folder: Path) -> Any:
+    peer = transformers.InternVLForConditionalGeneration.from_pretrained(folder / "native", dtype=torch.float32)
+    peer.model.vision_tower.requires_grad_(False)
+    return peer
+
+
+def peer_rows(some: Sequence[Sample], normalize: Any) -> dict[str, torch.Tensor]:
+    rows = collate(some, 0)
+    inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask, "labels": rows.labels}
+    return {**inputs, **({"pixel_values": normalise(rows.tiles, normalize)} if rows.num_tiles else {})}
+
+
+def peer_settings(folder: Path, batch: int) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder / "trainer"),
+        "per_device_train_batch_size": batch,
+        "num_train_epochs": 1,
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+
+
 def trainer_epoch(folder: Path, samples: Sequence[Sample], batch: int, normalize: Any) -> Callable[[], object]:
     """transformers' own InternVL and Trainer: the same records, padded to the longest of a batch."""
-    native = folder / "native"
-    peer = transformers.InternVLForConditionalGeneration.from_pretrained(native, dtype=torch.float32)
-    peer.model.vision_tower.requires_grad_(False)
+    peer = peer_model(folder)
+    settings = transformers.TrainingArguments(**peer_settings(folder, batch))
 
     def join(some: list[Sample]) -> dict[str, torch.Tensor]:
-        rows = collate(some, 0)
-        inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask, "labels": rows.labels}
-        return {**inputs, **({"pixel_values": normalise(rows.tiles, normalize)} if rows.num_tiles else {})}
-
-    settings = transformers.TrainingArguments(
-        output_dir=str(folder / "trainer"),
-        per_device_train_batch_size=batch,
-        num_train_epochs=1,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-    )
+        return peer_rows(some, normalize)
 
     def epoch() -> object:
         trainer = transformers.Trainer(model=peer, args=settings, train_dataset=list(samples), data_collator=join)
@@ -187,6 +201,62 @@ def trainer_epoch(folder: Path, samples: Sequence[Sample], batch: int, normalize
         return trainer.train()
 
     return epoch
+
+
+def trl_epoch(
+    folder: Path, samples: Sequence[Sample], batch: int, normalize: Any, tokenizer: Any, positions: int | None = None
+) -> Callable[[], object]:
+    """TRL's SFTTrainer on the same model: rows padded as above, or, with `positions`, packed by itself (text alone)."""
+    import datasets
+    import trl
+
+    peer, packed = peer_model(folder), positions is not None
+    more = {"packing": True, "max_length": positions} if packed else {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    # TRL's own defaults are bfloat16 and recomputed activations: other work than that of the rows beside it.
+    settings = trl.SFTConfig(
+        **{**peer_settings(folder, 1 if packed else batch), "gradient_checkpointing": False, "bf16": False, **more}
+    )
+    if packed:
+        rows = [{"input_ids": sample.input_ids.tolist(), "labels": sample.labels.tolist()} for sample in samples]
+    else:
+        rows = [{"place": place} for place in range(len(samples))]
+    data = datasets.Dataset.from_list(rows)
+
+    def join(some: list[dict[str, int]]) -> dict[str, torch.Tensor]:
+        return peer_rows([samples[one["place"]] for one in some], normalize)
+
+    def epoch() -> object:
+        trainer = trl.SFTTrainer(
+            model=peer,
+            args=settings,
+            train_dataset=data,
+            data_collator=None if packed else join,
+            processing_class=tokenizer,
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        return trainer.train()
+
+    return epoch
+
+
+def text_rates(options: argparse.Namespace, samples: Sequence[Sample], run: RunConfig, folder: Path) -> dict[str, Any]:
+    """The same lengths without pictures: our packed rows, TRL's padded and packed ones."""
+    tokenizer = read_tokenizer(locate("pocket"), CHAT["pocket"].language)
+    loaded = load_checkpoint(folder / "native")
+    stage = Sft(run, loaded.model, tokenizer, None, None)  # type: ignore[arg-type]
+    packed, batch = packed_batches(samples, options.positions), len(padded_batches(samples, options.positions)[0])
+    normalize, positions = loaded.config.normalize, options.positions
+    seconds = in_turns(
+        {
+            "ours, packed text": our_epoch(stage, run, [collate_packed(some, 0) for some in packed]),
+            "TRL, padded text": trl_epoch(folder, samples, batch, normalize, tokenizer),
+            "TRL, packed text": trl_epoch(folder, samples, batch, normalize, tokenizer, positions),
+        },
+        options.rounds,
+        warm_up=0,
+    )
+    tokens = sum(len(sample.input_ids) for sample in samples)
+    return {name: {**found, "tokens/s": round(tokens / found["median"], 1)} for name, found in seconds.items()}
 
 
 def rates(options: argparse.Namespace, sizes: Sizes, tokenizer: Any) -> tuple[Table, dict[str, Any]]:
@@ -209,9 +279,17 @@ def rates(options: argparse.Namespace, sizes: Sizes, tokenizer: Any) -> tuple[Ta
             "ours, packed": our_epoch(stages[1], run, [collate_packed(some, 0) for some in packed]),
             "transformers Trainer, padded": trainer_epoch(Path(folder), samples, len(padded[0]), config.normalize),
         }
+        steps = {"ours, padded": padded, "ours, packed": packed, "transformers Trainer, padded": padded}
+        texts: dict[str, Any] = {}
+        if find_spec("trl") is not None:
+            steps["TRL SFTTrainer, padded"] = padded
+            calls["TRL SFTTrainer, padded"] = trl_epoch(
+                Path(folder), samples, len(padded[0]), config.normalize, tokenizer
+            )
+            words = make_samples([(size, 0) for size, _ in sizes], image_id, config.tile_size, config.tokens_per_tile)
+            texts = text_rates(options, words, run, Path(folder))
         seconds = in_turns(calls, options.rounds, warm_up=0)
     table = Table("training", "batches", "positions with padding", "s", "tokens/s", "x padded", "x Trainer")
-    steps = {"ours, padded": padded, "ours, packed": packed, "transformers Trainer, padded": padded}
     rate = {name: tokens / found["median"] for name, found in seconds.items()}
     for name, groups in steps.items():
         lengths = [[len(sample.input_ids) for sample in some] for some in groups]
@@ -225,7 +303,10 @@ def rates(options: argparse.Namespace, sizes: Sizes, tokenizer: Any) -> tuple[Ta
             f"{over[1]:.2f}",
         )
         table.add_row(name, str(len(groups)), *cells)
-    return table, {name: {**found, "tokens/s": round(rate[name], 1)} for name, found in seconds.items()}
+    for name, found in texts.items():
+        table.add_row(name, "", "", f"{found['median']:.2f}", f"{found['tokens/s']:.0f}", "", "")
+    timed = {name: {**found, "tokens/s": round(rate[name], 1)} for name, found in seconds.items()}
+    return table, {**timed, **texts}
 
 
 def main() -> None:
@@ -255,6 +336,7 @@ def main() -> None:
     if options.out:
         settings = {name: str(value) for name, value in vars(options).items() if name != "out"}
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        versions["trl"] = version("trl") if find_spec("trl") else "none"
         write("packing", {"settings": settings, "plans": planned, "training": timed}, versions, options.out)
 
 

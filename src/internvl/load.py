@@ -16,6 +16,7 @@ from internvl.convert import lora
 from internvl.models import placement
 from internvl.models.build import build, finish
 from internvl.models.chat import ChatModel
+from internvl.models.int8 import is_rounded
 from internvl.models.language import transformers_config
 from internvl.opened import EMBEDDING, HEAD, Opened, base_and_adapters, open_checkpoint, write_checkpoint
 from internvl.tokens import IMAGE_TOKEN
@@ -85,8 +86,8 @@ def save_checkpoint(model: ChatModel, tokenizer: Any, out: str | Path, layout: s
         raise ValueError(
             "the model has adapters; merge them with internvl.models.adapters.merge before saving it whole"
         )
-    if any(value.dtype == torch.int8 for value in state.values()):
-        raise ValueError("the model has int8 weights, which no layout holds; save it before quantising it")
+    if any(is_rounded(value) for value in state.values()):
+        raise ValueError("the model has int8 or int4 weights, which no layout holds; save it before quantising it")
     write_checkpoint(Path(out), model.config, layout, model.image_token_id, state, state.__getitem__)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(out))

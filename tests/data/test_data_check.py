@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from collections import Counter
 from dataclasses import replace
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
+from internvl.cli import VERBS
 from internvl.commands.data import main
 from internvl.data.check import Checks, check
 from internvl.data.duplicates import repeated
@@ -255,6 +257,48 @@ def test_the_command_ends_with_1_when_something_is_wrong(inputs: Path, capsys: A
     assert (told["given"], told["rejected"], told["wrong"]) == (len(lines) + 1, 1, 1)
     assert [(some["line"], some["reason"]) for some in told["findings"] if some["reason"] == "json"] == [(4, "json")]
     assert "Data check: bad.jsonl" in page.read_text()
+
+
+def test_the_help_of_the_command_line_names_every_verb_of_data(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    listed = re.search(r"\{([\w,]+)\}", capsys.readouterr().out)
+    assert listed is not None
+    verbs = set(listed[1].split(","))
+    assert {"collect", "build", "dual", "show", "check"} <= verbs
+    assert verbs <= set(re.findall(r"\w+", VERBS["data"]))
+
+
+def test_show_draws_a_sheet_of_records(inputs: Path, capsys: Any) -> None:
+    file, out = str(inputs / "records.jsonl"), inputs / "sheet.png"
+    assert main(["show", file, "--number", "7", "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    with Image.open(out) as drawn:
+        wide, high = drawn.size
+        first = drawn.tobytes()
+    assert main(["show", file, "--number", "1", "--out", str(out)]) == 0
+    with Image.open(out) as drawn:
+        assert drawn.width == wide
+        assert drawn.height < high  # one row of panels instead of two
+    assert main(["show", file, "--number", "7", "--seed", "5", "--out", str(out)]) == 0
+    with Image.open(out) as drawn:
+        assert drawn.tobytes() != first
+    with pytest.raises(ValueError, match=r"none.jsonl is not a file; give a JSONL file"):
+        main(["show", str(inputs / "none.jsonl")])
+
+
+def test_show_takes_the_set_of_a_meta_file(inputs: Path, capsys: Any) -> None:
+    meta = inputs / "two.json"
+    entry = {"root": str(inputs), "annotation": str(inputs / "records.jsonl"), "repeat_time": 1}
+    meta.write_text(json.dumps({"one": entry, "other": {**entry, "annotation": str(inputs / "held_out.jsonl")}}))
+    said = []
+    for name in ("one", "other"):
+        words = ["show", str(meta), "--set", name, "--line", "1", "--model", str(inputs / "model")]
+        assert main(words) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] != said[1]
+    with pytest.raises(ValueError, match=r"--set third: .* has one, other"):
+        main(["show", str(meta), "--set", "third", "--line", "1", "--model", str(inputs / "model")])
 
 
 def test_show_prints_and_writes_one_sample(inputs: Path, capsys: Any) -> None:

@@ -32,6 +32,8 @@ class Options:
     """A name, or the folder of a checkpoint (official or native layout)."""
     dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
     """int4 is the fastest on a CPU; auto is bfloat16 where the hardware computes it."""
+    quantiser: Literal["auto", "own", "torchao"] = "auto"
+    """What rounds to int8 and int4; torchao is an extra."""
     device: str = "cpu"
     """cpu, cuda, or auto."""
     max_tiles: int | None = None
@@ -99,7 +101,13 @@ def open_model(options: Options) -> Chat:
     with console.status(f"opening {options.model}"):
         from internvl.generate.open_chat import load_chat
 
-        return load_chat(options.model, device=options.device, dtype=options.dtype, max_tiles=options.max_tiles)
+        return load_chat(
+            options.model,
+            device=options.device,
+            dtype=options.dtype,
+            quantiser=options.quantiser,
+            max_tiles=options.max_tiles,
+        )
 
 
 def answer(chat: Chat, options: Options, question: str, pictures: Sequence[Path], history: Sequence[Any] = ()) -> Reply:

@@ -1,4 +1,4 @@
-"""`internvl data`: collect packaged pictures, build the sets of pocket and pocket-dual, check sets, look at samples."""
+"""`internvl data`: collect packaged pictures, build the sets of pocket and pocket-dual, check sets, show samples."""
 
 from __future__ import annotations
 

@@ -44,6 +44,8 @@ class Evaluate:
     """cuda where there is one, when left out."""
     dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
     """auto: bfloat16 where the hardware computes it, else float32."""
+    quantiser: Literal["auto", "own", "torchao"] = "auto"
+    """What rounds to int8 and int4; torchao is an extra."""
     max_tiles: int | None = None
     """Most tiles of a picture; the model's own number when left out."""
     batch: int = 64
@@ -97,7 +99,12 @@ def _subject(asked: Evaluate) -> ChatSubject:
     from internvl.evaluate.subject import open_subject
 
     return open_subject(
-        asked.model, device=asked.device, dtype=asked.dtype, max_tiles=asked.max_tiles, batch=asked.batch
+        asked.model,
+        device=asked.device,
+        dtype=asked.dtype,
+        max_tiles=asked.max_tiles,
+        batch=asked.batch,
+        quantiser=asked.quantiser,
     )
 
 

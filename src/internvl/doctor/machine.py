@@ -19,6 +19,7 @@ EXTRAS = {
     "peft": "training with adapters; pip install 'internvl[train]'",
     "matplotlib": "charts of training and evaluation; pip install 'internvl[train]'",
     "sentencepiece": "checkpoints with tokenizer.model only; pip install 'internvl[slow-tokenizers]'",
+    "torchao": "int4 on a GPU and for Phi-3, --quantiser torchao; pip install 'internvl[quantise]'",
     "resvg-py": "SVG pictures of the packaged data; pip install 'internvl[packaged]'",
     "emoji": "names of the packaged emoji; pip install 'internvl[packaged]'",
 }

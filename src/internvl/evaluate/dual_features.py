@@ -21,6 +21,7 @@ from torch import Tensor
 
 from internvl.data.clips import protocol_frames
 from internvl.data.media import probe, read_frames
+from internvl.evaluate.retrieve import frame_means
 from internvl.generate.captions import CaptionSearch
 from internvl.generate.dual import Dual, Fit, picture_bytes, pixels_of
 from internvl.generate.embedded import fingerprint
@@ -78,7 +79,7 @@ class Features:
 
         def compute(videos: list[Tensor]) -> Float[Tensor, "videos dim"]:
             raw = self.dual.encode_image(pixels_of(list(torch.cat(videos))), head, batch=self.batch, raw=True)
-            return torch.stack([part.mean(0) for part in raw.split([len(one) for one in videos])])
+            return frame_means(raw, [len(one) for one in videos])
 
         return self._keep("videos", paths, prepare, compute, head=head, fit=fit, frames=num_frames)
 

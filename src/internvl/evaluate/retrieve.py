@@ -160,6 +160,16 @@ def recall(ranks: Ranks, num_items: int, at: Sequence[int] = RECALL_AT) -> Recal
     )
 
 
+def frame_means(frames: Float[Tensor, "frames dim"], num_frames: Sequence[int]) -> Float[Tensor, "videos dim"]:
+    """The mean of each video's frames, those of all videos one after another; ValueError where the numbers disagree."""
+    if sum(num_frames) != len(frames) or min(num_frames, default=0) < 1:
+        raise ValueError(
+            f"{len(frames)} frames for videos of {sum(num_frames)} frames in all, the shortest of "
+            f"{min(num_frames, default=0)}; every video needs at least one and the numbers must agree"
+        )
+    return torch.stack([part.mean(0) for part in frames.split(list(num_frames))])
+
+
 def mean_of_frames(
     frames: Float[Tensor, "frames dim"], num_frames: Sequence[int], *, unit_frames: bool = False
 ) -> Float[Tensor, "videos dim"]:
@@ -168,10 +178,5 @@ def mean_of_frames(
     The official MSR-VTT script averages embeddings as the model gives them; `unit_frames` makes each of length 1 first,
     so that every frame has the same say.
     """
-    if sum(num_frames) != len(frames) or min(num_frames, default=0) < 1:
-        raise ValueError(
-            f"{len(frames)} frames for videos of {sum(num_frames)} frames in all, the shortest of "
-            f"{min(num_frames, default=0)}; every video needs at least one and the numbers must agree"
-        )
     each = unit(frames) if unit_frames else frames.detach().double()
-    return unit(torch.stack([part.mean(0) for part in each.split(list(num_frames))]))
+    return unit(frame_means(each, num_frames))

@@ -24,10 +24,11 @@ from internvl.data.templates import Turn, render
 from internvl.evaluate.caption_loss import answer_losses
 from internvl.evaluate.run import Question
 from internvl.generate.engine import Request
-from internvl.generate.open_chat import Dtype, load_chat
+from internvl.generate.open_chat import Dtype, Quantiser, load_chat
 from internvl.generate.sampling import Sampling
 from internvl.generate.session import Chat
 from internvl.generate.text import Writer
+from internvl.models.int8 import stored
 from internvl.tokens import IMAGE_MARK
 
 TILES_AT_ONCE = 256
@@ -122,12 +123,19 @@ class ChatSubject:
 
 
 def open_subject(
-    model: str, *, device: str | None = None, dtype: Dtype = "auto", max_tiles: int | None = None, batch: int = 64
+    model: str,
+    *,
+    device: str | None = None,
+    dtype: Dtype = "auto",
+    max_tiles: int | None = None,
+    batch: int = 64,
+    quantiser: Quantiser = "auto",
 ) -> ChatSubject:
     """The model as `internvl.load` opens it, with as many rows as a batch has questions."""
     if max_tiles is not None and max_tiles < 1:
         raise ValueError(f"max_tiles {max_tiles}: a picture needs at least one tile")
-    return ChatSubject(load_chat(model, device=device or "auto", dtype=dtype, max_rows=batch), batch, max_tiles)
+    chat = load_chat(model, device=device or "auto", dtype=dtype, max_rows=batch, quantiser=quantiser)
+    return ChatSubject(chat, batch, max_tiles)
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -135,7 +143,8 @@ def weights_sha256(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for part in stored(tensor):
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

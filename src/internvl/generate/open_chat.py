@@ -17,9 +17,13 @@ from internvl.generate.session import Chat
 from internvl.load import load_checkpoint
 from internvl.locate import locate
 from internvl.models import int8
+from internvl.models.chat import ChatModel
+from internvl.models.choose import why_not_here
 from internvl.models.products import fast_bfloat16
+from internvl.models.torchao_layers import torchao_rounding
 
 Dtype = Literal["auto", "float32", "bfloat16", "int8", "int4"]
+Quantiser = Literal["auto", "own", "torchao"]
 
 
 def load_chat(
@@ -32,24 +36,32 @@ def load_chat(
     adapters: Sequence[str | Path] = (),
     device_map: str | Mapping[str, str] | None = None,
     max_kl: float | None = None,
+    quantiser: Quantiser = "auto",
 ) -> Chat:
     """Open a model by name, hub id or folder, of either layout, to chat with.
 
     dtype "auto" is bfloat16 where the hardware computes it, else float32; "int4" keeps bfloat16 for pictures and
     prompts and steps through 4-bit blocks of the language model's weights; "int8" halves the memory of its layers.
     Both are refused where they move the next token of a probe text by more than `max_kl` nats (generate/rounding.py).
+    `quantiser` "torchao" rounds by torchao, prompts and steps alike; "auto" takes it for int4 where there are no 4-bit
+    kernels here: on a GPU, and for language models without a fused path (docs/chat.md).
     device "auto" takes a GPU if there is one; `device_map` "auto" spreads the model over all GPUs. `adapters` are peft
     folders, folded in (docs/convert.md).
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    int4 = dtype == "int4"
+    if quantiser != "auto" and dtype not in KL_LIMITS:
+        raise ValueError(f"quantiser {quantiser!r} with dtype {dtype}: it rounds to {' or '.join(KL_LIMITS)}")
     loaded = load_checkpoint(
         name_or_folder, device=device, dtype=dtype_of(dtype, device), adapters=adapters, device_map=device_map
     )
     limit = KL_LIMITS.get(str(dtype), math.inf) if max_kl is None else max_kl
-    if dtype == "int8":
-        int8.quantise(loaded.model, partial(plain_logits, ids=_probe_ids(loaded.tokenizer)), limit)
+    by_torchao = quantiser == "torchao" or (quantiser == "auto" and _needs_torchao(dtype, loaded.model))
+    int4 = dtype == "int4" and not by_torchao
+    if by_torchao or dtype == "int8":
+        probe = partial(plain_logits, ids=_probe_ids(loaded.tokenizer))
+        rounding = torchao_rounding("int4" if dtype == "int4" else "int8") if by_torchao else int8.Int8Linear
+        int8.quantise(loaded.model, probe, limit, rounding=rounding)
     stop_ids = [] if loaded.layout == "random" else _generation_stops(locate(name_or_folder))
     chat = Chat(loaded.model, loaded.tokenizer, int4=int4, max_tiles=max_tiles, max_rows=max_rows, stop_ids=stop_ids)
     if int4 and limit < math.inf and loaded.tokenizer is not None:
@@ -57,9 +69,14 @@ def load_chat(
     return chat
 
 
+def _needs_torchao(dtype: Dtype | torch.dtype, model: ChatModel) -> bool:
+    """4-bit blocks of the fused path run on a CPU, for the language models that it computes."""
+    return dtype == "int4" and why_not_here(model.language) is not None
+
+
 def _probe_ids(tokenizer: Any) -> Tensor:
     if tokenizer is None:
-        raise ValueError("int8 weights are checked on a text, and the model has no tokenizer; use bfloat16")
+        raise ValueError("rounded weights are checked on a text, and the model has no tokenizer; use bfloat16")
     return probe_ids(tokenizer)
 
 

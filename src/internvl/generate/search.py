@@ -25,6 +25,8 @@ BLOCK = 1 << 16
 Index = Literal["auto", "exact", "faiss", "hnswlib"]
 HNSW_LINKS, HNSW_BUILD, HNSW_LOOK = 32, 200, 256
 """Links of a vector, and how many candidates are kept while the graph is built and searched."""
+NEAR = 1e-5
+"""Of a score: what float32 sums of the same vectors may part by in an index and here."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,8 @@ def nearest(
 ) -> tuple[Float[Tensor, "queries best"], Int[Tensor, "queries best"]]:
     """Products and rows of the `top` best, best first, of equal ones the earlier row; min(top, rows) columns.
 
-    "auto" is faiss' exact index where it is installed, else blocks. "hnswlib" is approximate: it may miss hits, and
-    pays where many queries go to the same vectors.
+    "auto" is faiss' exact index where it is installed, else blocks. "hnswlib" is approximate: it may miss hits, equal
+    ones above all. ValueError where its graph reaches fewer than `top` vectors.
     """
     if top < 1 or block < 1:
         raise ValueError(f"the best {top} in blocks of {block}; both must be at least 1")
@@ -116,10 +118,11 @@ def nearest(
     if index == "exact":
         return _exact(queries.float(), vectors, top, block)
     candidates = _faiss(queries, vectors, top) if index == "faiss" else _hnsw(queries, vectors, top)
-    scores = torch.einsum("qd,qkd->qk", queries.double(), vectors[candidates].double())
-    by_row = candidates.sort(dim=1)
-    ordered = scores.gather(1, by_row.indices).sort(dim=1, descending=True, stable=True)
-    return ordered.values.float(), by_row.values.gather(1, ordered.indices)
+    by_row = candidates.sort(dim=1).values
+    # Rounded before they are ordered: the last bits of a sum depend on its place, and equal vectors are equal here.
+    scores = torch.einsum("qd,qkd->qk", queries.double(), vectors[by_row].double()).float()
+    ordered = scores.sort(dim=1, descending=True, stable=True)
+    return ordered.values[:, :top], by_row.gather(1, ordered.indices[:, :top])
 
 
 def _exact(queries: Tensor, vectors: Tensor, top: int, block: int) -> tuple[Tensor, Tensor]:
@@ -134,14 +137,20 @@ def _exact(queries: Tensor, vectors: Tensor, top: int, block: int) -> tuple[Tens
 
 
 def _faiss(queries: Tensor, vectors: Tensor, top: int) -> Tensor:
+    """Rows of the `top` best, and all that equal the last of them: of equal ones faiss gives any."""
     try:
         import faiss
     except ImportError as error:
         raise ValueError("this index needs: pip install 'internvl[faiss]'") from error
     flat = faiss.IndexFlatIP(vectors.shape[1])
     flat.add(vectors.float().contiguous().numpy())
-    _, places = flat.search(queries.float().contiguous().numpy(), top)
-    return torch.from_numpy(places).long()
+    asked, count = queries.float().contiguous().numpy(), top
+    while True:
+        count = min(2 * count, len(vectors))
+        scores, places = (torch.from_numpy(found) for found in flat.search(asked, count))
+        last = scores[:, top - 1]
+        if count == len(vectors) or bool((scores[:, -1] < last - NEAR * last.abs().clamp(min=1)).all()):
+            return places.long()
 
 
 def _hnsw(queries: Tensor, vectors: Tensor, top: int) -> Tensor:
@@ -153,5 +162,10 @@ def _hnsw(queries: Tensor, vectors: Tensor, top: int) -> Tensor:
     graph.init_index(max_elements=len(vectors), ef_construction=HNSW_BUILD, M=HNSW_LINKS, random_seed=0)
     graph.add_items(vectors.float().numpy())
     graph.set_ef(max(HNSW_LOOK, top))
-    places, _ = graph.knn_query(queries.float().numpy(), k=top)
+    try:
+        places, _ = graph.knn_query(queries.float().numpy(), k=top)
+    except RuntimeError as error:
+        raise ValueError(
+            f"hnswlib reaches fewer than {top} of {len(vectors)} vectors, as where many are equal; use --index exact"
+        ) from error
     return torch.from_numpy(places.astype("int64"))

@@ -11,6 +11,7 @@ from torch import nn
 
 from internvl.models.decoder import Decoder, PlainDecoder
 from internvl.models.fused import Form, FusedDecoder
+from internvl.models.int8 import is_rounded
 from internvl.models.language import LanguageModel
 from internvl.models.products import blocked_is_available
 
@@ -20,14 +21,11 @@ SHARE_OF_MEMORY = 0.5
 
 def choose_decoder(language: LanguageModel, *, int4: bool = False, exact: bool = True) -> Decoder:
     """The fastest decoder that fits the model, its device and the memory that is free."""
-    reason = why_not_fused(language)
-    weight = language.model.get_input_embeddings().weight
-    if weight.device.type != "cpu":
-        reason = f"the device is {weight.device.type}, not cpu"
+    reason = why_not_here(language)
     copy = _copy_form(language)
     if int4:
         if reason is not None:
-            raise ValueError(f"4-bit weights: {reason}; use dtype bfloat16")
+            raise ValueError(f"4-bit weights: {reason}; round by torchao, or use dtype bfloat16")
         return FusedDecoder(language, "int4", reading=copy, exact=exact)
     if reason is not None or copy == "plain":
         return PlainDecoder(language)
@@ -41,6 +39,12 @@ def free_memory() -> float:
     return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), float("inf"))
 
 
+def why_not_here(language: LanguageModel) -> str | None:
+    """Why neither the fused path nor its 4-bit blocks serve this model on its device; None where they do."""
+    device = language.model.get_input_embeddings().weight.device.type
+    return f"the device is {device}, not cpu" if device != "cpu" else why_not_fused(language)
+
+
 def why_not_fused(language: LanguageModel) -> str | None:
     """What this path does not compute, in words; None where it fits."""
     config = language.model.config
@@ -50,8 +54,9 @@ def why_not_fused(language: LanguageModel) -> str | None:
         return f"activation {config.hidden_act} has no fused path"
     if getattr(config, "use_sliding_window", False):
         return "sliding windows have no fused path"
-    if any(type(layer.self_attn.q_proj) is not nn.Linear for layer in language.model.model.layers):
-        return "adapters are not merged"
+    some = [layer.self_attn.q_proj for layer in language.model.model.layers]
+    if any(type(one) is not nn.Linear or is_rounded(one.weight) for one in some):
+        return "adapters are not merged, or the weights are rounded"
     return None
 
 

@@ -1,19 +1,21 @@
-"""Weight-only int8 of a language model's layers: half the memory of bfloat16, with the damage measured on a probe.
+"""A language model's layers rounded, with the damage measured on a probe; and weight-only int8, half of bfloat16.
 
 Rounding is to the nearest of 255 levels, symmetric, one scale a row. It stays only where the answers stay: the mean
 KL divergence of the next-token distributions on a probe batch must be below a limit, else the plain weights return.
-Speed is not the aim: weights become the computing type again where they are used.
+Speed is not the aim: weights become the computing type again where they are used. Layers that torchao rounds
+(torchao_layers.py) are measured and refused in the same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from internvl.models.chat import ChatModel
 
@@ -87,12 +89,13 @@ def quantise(
     probe: Callable[[ChatModel], Float[Tensor, "rows length vocab"]],
     limit: float = KL_LIMIT,
     counted: Bool[Tensor, "rows length"] | None = None,
+    rounding: Callable[[nn.Linear], nn.Module] = Int8Linear,
 ) -> Drift:
-    """Round the language layers of `model` to int8 in place; embedding, head, connector and vision part stay.
+    """Round the language layers of `model` in place, to int8 or by `rounding`, which makes a new layer of one.
 
-    `probe` gives the logits of a batch that stands for the use, the same one each time; `counted` is False where a
-    position is padding. ValueError, with the plain weights back in place, where the mean KL is above `limit` or not a
-    number.
+    Embedding, head, connector and vision part stay. `probe` gives the logits of a batch that stands for the use, the
+    same one each time; `counted` is False where a position is padding. ValueError, with the plain weights back in
+    place, where the mean KL is above `limit` or not a number.
     """
     if not limit > 0:
         raise ValueError(f"KL limit {limit} must be above 0; {KL_LIMIT} is the default")
@@ -100,17 +103,32 @@ def quantise(
     if not places or any(".lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("no plain linear layers to quantise: merge adapters first, or it has been done already")
     before, plain = _bytes(model), probe(model)
-    for parent, name, layer in places:
-        setattr(parent, name, Int8Linear(layer))
+    made = [rounding(layer) for _, _, layer in places]
+    for (parent, name, _), layer in zip(places, made, strict=True):
+        setattr(parent, name, layer)
     mean, largest, agreement = divergence(plain, probe(model), counted)
     if not mean <= limit:
         for parent, name, layer in places:
             setattr(parent, name, layer)
         raise ValueError(
-            f"int8 weights move the answers by {mean:.3g} nats a position, limit {limit:.3g}; the model is as it was. "
-            f"Use bfloat16, or raise the limit if that is acceptable"
+            f"rounded weights move the answers by {mean:.3g} nats a position, limit {limit:.3g}; the model is as it "
+            f"was: use dtype bfloat16, or raise the limit if that is acceptable"
         )
     return Drift(mean, largest, agreement, before, _bytes(model))
+
+
+def is_rounded(tensor: Tensor) -> bool:
+    """Weights that no checkpoint layout holds: int8 levels, or torchao's tensors, which look like the plain ones."""
+    return tensor.dtype == torch.int8 or type(tensor).__module__.startswith("torchao.")
+
+
+def stored(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that one is made of: itself, or those inside a torchao tensor."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from stored(getattr(tensor, name))
 
 
 def _linears(model: ChatModel) -> list[tuple[nn.Module, str, nn.Linear]]:
@@ -120,9 +138,9 @@ def _linears(model: ChatModel) -> list[tuple[nn.Module, str, nn.Linear]]:
         (parent, name, child)
         for parent in blocks.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear
+        if type(child) is nn.Linear and not is_rounded(child.weight)
     ]
 
 
 def _bytes(model: ChatModel) -> int:
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return sum(part.nbytes for tensor in (*model.parameters(), *model.buffers()) for part in stored(tensor))
