@@ -7,39 +7,31 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.testing import assert_close
-from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import InternVLForConditionalGeneration
 
 from hostile import trap
 from internvl.cli import main
 from internvl.commands.compose import next_command
 from internvl.commands.train import configure, parse
-from internvl.compose import Parts, compose, resize_rows
+from internvl.compose import Parts, compose
+from internvl.generate.session import Chat
 from internvl.load import load_checkpoint, save_checkpoint
+from internvl.load_dual import save_dual
+from internvl.models.fresh import resize_rows
 from internvl.tokens import SPECIAL_TOKENS
-from tiny import FAMILIES, tiny_batch, tiny_model, tiny_tokenizer
-
-
-def words(extra: tuple[str, ...] = ("<|im_start|>", "<|im_end|>", "<|end|>")) -> PreTrainedTokenizerFast:
-    """A tokenizer of a language model: bytes and control tokens, none of ours."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({p: i for i, p in enumerate(["<pad>", "<s>", "</s>", *extra, *alphabet])}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    out = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    out.add_tokens(list(extra), special_tokens=True)
-    return out
+from tiny import FAMILIES, plain_tokenizer, tiny_batch, tiny_dual, tiny_model, tiny_tokenizer
 
 
 def language_folder(
     folder: Path, family: str = "llama", *, rows: int | None = None, tied: bool = False, width: int = 64, **rest: Any
 ) -> tuple[Path, dict[str, torch.Tensor]]:
     """A language model alone, as it is released: no prefix, its own tokenizer, `rows` of embedding."""
-    tokenizer = words(**rest)
+    tokenizer = plain_tokenizer(**rest)
     rows = len(tokenizer) if rows is None else rows
     model = tiny_model(family, vocab_size=rows)
     if width != 64:
@@ -89,7 +81,7 @@ EMBEDDING = {"internlm2": "model.tok_embeddings.weight"}
 def test_every_weight_of_both_parts_is_there(tmp_path: Path, family: str, vision: str) -> None:
     tower, vision_weights = vision_folder(tmp_path / "vit", vision)
     body, language_weights = language_folder(tmp_path / "llm", family)
-    old = len(words())
+    old = len(plain_tokenizer())
     composed = compose(Parts(tower, body), tmp_path / "out")
     assert composed.added == {token: old + n for n, token in enumerate(SPECIAL_TOKENS)}
     assert (composed.old_rows, composed.config.language.vocab_size) == (old, old + 9)
@@ -144,7 +136,7 @@ def test_padding_rows_beyond_the_tokenizer_go(tmp_path: Path) -> None:
     """Qwen pads its embedding: the matrix shrinks to the tokenizer, new input rows are the padding that was there."""
     tower, _ = vision_folder(tmp_path / "vit")
     body, weights = language_folder(tmp_path / "llm", "qwen2", rows=300)
-    old = len(words())
+    old = len(plain_tokenizer())
     compose(Parts(tower, body), tmp_path / "out")
     written = load_file(tmp_path / "out" / "model.safetensors")
     embedding, head = (written[f"language_model.{key}"] for key in ("model.embed_tokens.weight", "lm_head.weight"))
@@ -156,7 +148,7 @@ def test_padding_rows_beyond_the_tokenizer_go(tmp_path: Path) -> None:
 def test_a_tied_language_model_gets_a_head_of_its_own(tmp_path: Path) -> None:
     tower, _ = vision_folder(tmp_path / "vit")
     body, weights = language_folder(tmp_path / "llm", "qwen2", tied=True)
-    old = len(words())
+    old = len(plain_tokenizer())
     compose(Parts(tower, body), tmp_path / "out")
     written = load_file(tmp_path / "out" / "model.safetensors")
     head = written["language_model.lm_head.weight"]
@@ -213,12 +205,14 @@ def test_a_connector_is_carried_where_it_fits(tmp_path: Path) -> None:
 
 
 def test_the_language_part_of_a_chat_model_keeps_its_tokens(tmp_path: Path) -> None:
-    chat = tiny_model("internlm2", vocab_size=len(tiny_tokenizer()), template="Hermes-2")
+    chat = tiny_model("internlm2", vocab_size=len(tiny_tokenizer()), template="Hermes-2", system_message="Be brief.")
     save_checkpoint(chat, tiny_tokenizer(), tmp_path / "chat")
     tower, _ = vision_folder(tmp_path / "vit", "6b")
     composed = compose(Parts(tower, tmp_path / "chat"), tmp_path / "out")
     assert composed.added == {}
-    assert composed.config.template == "Hermes-2"
+    assert (composed.config.template, composed.config.system_message) == ("Hermes-2", "Be brief.")
+    other = compose(Parts(tower, tmp_path / "chat", template="internvl2_5"), tmp_path / "other")
+    assert other.config.system_message is None
     loaded = load_checkpoint(tmp_path / "out").model.language.state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in chat.language.state_dict().items())
 
@@ -334,3 +328,87 @@ def test_a_composed_model_trains_and_goes_out(tmp_path: Path) -> None:
     peer = InternVLForConditionalGeneration.from_pretrained(tmp_path / "native", dtype=torch.float32).eval()
     with torch.no_grad():
         assert_close(model(ids, tiles), peer(input_ids=ids, pixel_values=tiles).logits, atol=2e-5, rtol=1e-4)
+
+
+# the form of 1.0
+
+
+def dual_folder(folder: Path, seed: int = 4) -> dict[str, torch.Tensor]:
+    """InternVL-G in small; its weights."""
+    save_dual(tiny_dual(seed), None, folder)
+    return load_file(folder / "model.safetensors")
+
+
+def test_the_form_of_1_0_takes_encoder_and_queries(tmp_path: Path) -> None:
+    seen = dual_folder(tmp_path / "g")
+    body, language_weights = language_folder(tmp_path / "llm")
+    old = len(plain_tokenizer())
+    composed = compose(Parts(tmp_path / "g", body, form="1.0"), tmp_path / "out")
+    config = composed.config
+    assert (config.tokens_per_tile, config.num_queries, config.patch_tokens) == (5 + 16, 5, 16)
+    assert (config.feature_layer, config.dynamic_tiles, config.crop, config.pad_to_square) == (-4, False, True, True)
+    assert (config.connector_norm, config.image_marks, config.max_tiles) == (False, False, 1)
+    assert set(composed.parameters) == {"vision", "qllama", "connector", "language"}
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    for key, value in written.items():
+        if key.startswith(("vision_model.", "qllama.", "query_tokens")):
+            assert torch.equal(value, seen.pop(key)), key
+    left = {key.split(".")[0] for key in seen} - {"qllama"}
+    assert left == {"clip_projector", "clip_projector2", "itm_head", "text_projection", "logit_scale"}
+    assert {key for key in seen if key.startswith("qllama.")} == {"qllama.lm_head.weight", EMBEDDING_OF_G}
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):  # the token of a picture has a name and no row
+        assert torch.equal(written[f"language_model.{key}"], language_weights[key])
+    assert (composed.added, composed.old_rows, config.language.vocab_size) == ({"<IMG_CONTEXT>": old}, old, old)
+    for number, columns in ((1, 64), (3, 64)):
+        for mlp in ("mlp1", "mlp2"):
+            assert float(written[f"{mlp}.{number}.weight"].abs().max()) <= columns**-0.5
+    loaded = load_checkpoint(tmp_path / "out")
+    assert loaded.model.image_token_id == old
+    assert sum(composed.parameters.values()) == loaded.config.num_parameters
+    chat = Chat(loaded.model, loaded.tokenizer)
+    assert chat.chat("What?", [np.zeros((20, 30, 3), np.uint8)], max_new_tokens=4).usage.image_tokens == 21
+
+
+EMBEDDING_OF_G = "qllama.model.embed_tokens.weight"
+
+
+def test_the_form_of_1_0_without_queries_and_the_encoder_of_a_dual_alone(tmp_path: Path) -> None:
+    tower, _ = vision_folder(tmp_path / "vit", "6b")
+    body, _ = language_folder(tmp_path / "llm")
+    plain = compose(Parts(tower, body, form="1.0", tile_size=84), tmp_path / "plain").config
+    assert (plain.queries, plain.tokens_per_tile, plain.vision.image_size) == (None, 36, 84)
+    seen = dual_folder(tmp_path / "g")
+    later = compose(Parts(tmp_path / "g", body), tmp_path / "later")
+    assert (later.config.queries, later.config.tokens_per_tile, later.config.image_marks) == (None, 4, True)
+    written = load_file(tmp_path / "later" / "model.safetensors")
+    assert not [key for key in written if key.startswith(("qllama", "query"))]
+    assert all(torch.equal(v, seen[k]) for k, v in written.items() if k.startswith("vision_model."))
+    grown = compose(Parts(tmp_path / "g", body, form="1.0", tile_size=84), tmp_path / "grown").config
+    assert grown.queries is not None
+    assert (grown.tokens_per_tile, grown.queries.vision.image_size) == (5 + 36, 84)
+    assert load_checkpoint(tmp_path / "grown").config == grown
+
+
+def test_connectors_of_two_forms_do_not_pass_for_each_other(tmp_path: Path) -> None:
+    dual_folder(tmp_path / "g")
+    body, _ = language_folder(tmp_path / "llm")
+    compose(Parts(tmp_path / "g", body, form="1.0", seed=3), tmp_path / "one")
+    compose(Parts(tmp_path / "g", body, form="1.0", seed=5, connector=tmp_path / "one"), tmp_path / "again")
+    one, again = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "again"))
+    assert all(torch.equal(one[key], again[key]) for key in one)
+    with pytest.raises(ValueError, match="with a norm or queries that the other has not; leave"):
+        compose(Parts(tmp_path / "one", body, connector=tmp_path / "one"), tmp_path / "no")
+
+
+def test_the_command_of_the_form_of_1_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dual_folder(tmp_path / "g")
+    body, _ = language_folder(tmp_path / "llm")
+    command = ["compose", str(tmp_path / "out"), "--vision", str(tmp_path / "g"), "--language", str(body)]
+    assert main([*command, "--form", "1.0", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["tile"] == {"pixels": 56, "tokens": 21, "most": 1}
+    assert said["vocabulary"] == [262, 262]
+    run = configure(parse(shlex.split(said["next"])[2:]))
+    assert (run.model, run.connector.learn, run.tokens.learn) == (str(tmp_path / "out"), "full", False)
+    assert main(["compose", str(tmp_path / "x"), "--vision", "nothing", "--language", str(body)]) == 1
+    assert "nothing: no such folder" in capsys.readouterr().err

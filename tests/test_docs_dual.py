@@ -1,4 +1,4 @@
-"""The snippets and the sizes of docs/internvl-1.0.md."""
+"""The snippets of the pages on 1.0, and the sizes of docs/internvl-1.0.md."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ import pytest
 from internvl.models.build import build_dual
 from internvl.zoo import DUAL
 
-PAGE = (Path(__file__).parents[1] / "docs" / "internvl-1.0.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "internvl-1.0.md").read_text(encoding="utf-8")
 
 
-def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("page", ["internvl-1.0.md", "internvl-chat-1.0.md"])
+def test_snippets_run(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     said = []
-    for snippet in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
-        exec(compile(snippet, "internvl-1.0.md", "exec"), names)
+    for snippet in re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL):
+        exec(compile(snippet, page, "exec"), names)
         said += re.findall(r"print\(.*\)\s+# (.*)", snippet)
     assert said == capsys.readouterr().out.splitlines()
 

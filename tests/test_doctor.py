@@ -95,7 +95,8 @@ def test_sound_checkpoints_have_no_conflict(family: str, layout: str, tmp_path: 
 def test_prompt_of_a_template_is_that_of_the_renderer(name: str) -> None:
     """A chat template that only repeats our own string agrees with it; any other character is a difference."""
     mine = own(TEMPLATES[name], None)
-    assert foreign("{{ '''" + mine.replace("\n", "\\n") + "''' }}", {}).text == mine
+    quoted = mine.replace("\n", "\\n").replace("'", "\\'")
+    assert foreign("{{ '" + quoted + "' }}", {}).text == mine
 
 
 # planted contradictions: what is done, what must be said, and whether the model still opens

@@ -60,9 +60,11 @@ class LiveBytes(TorchDispatchMode):
 
 # weights
 
+SIZES = ["InternVL2_5-1B", "InternVL2_5-26B", "Mini-InternVL-Chat-4B-V1-5", "pocket"]
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["InternVL2_5-1B", "InternVL2_5-26B", "Mini-InternVL-Chat-4B-V1-5", "pocket"])
+@pytest.mark.parametrize("name", [*SIZES, "InternVL-Chat-QLLaMA-Vicuna-13B-336px"])
 def test_weights_are_those_of_the_module(name: str, dtype: Any) -> None:
     config = config_of(name)
     model = build(config, torch.float32, "meta")
@@ -117,6 +119,8 @@ def test_pictures() -> None:
     assert (plan.max_tiles, plan.picture_tokens(1), plan.picture_tokens(13)) == (13, 258, 3330)
     assert (plan.tiles, plan.tokens) == (13, 4330)
     assert Plan(RELEASED["InternVL-Chat-V1-1"].config).max_tiles == 1
+    first = Plan(RELEASED["InternVL-Chat-QLLaMA-Vicuna-7B-224px"].config)
+    assert (first.max_tiles, first.picture_tokens(1)) == (1, 96 + 256)  # nothing stands around them
     assert Plan(replace(tiny_chat_config(), max_tiles=1)).max_tiles == 1  # one tile needs no thumbnail
     assert Plan(replace(tiny_chat_config(), thumbnail=False)).max_tiles == 12
 
@@ -137,15 +141,18 @@ def test_prompt_of_a_largest_picture_has_that_many_positions() -> None:
 # activations
 
 
-@pytest.mark.parametrize("name", ["InternVL2_5-1B", "InternVL2_5-26B"])
+@pytest.mark.parametrize("name", ["InternVL2_5-1B", "InternVL2_5-26B", "InternVL-Chat-QLLaMA-Vicuna-7B-336px"])
 @pytest.mark.parametrize("tiles", [1, 4])
 def test_activation_of_the_vit(name: str, tiles: int) -> None:
     """On the meta device the fused attention kernel has no scratch; on a GPU flash attention has next to none."""
     config = config_of(name)
-    vision = replace(config.vision, depth=2)  # blocks run one after another: the peak does not depend on their number
-    model = build(replace(config, vision=vision), torch.bfloat16, "meta")
+    side = config.tile_size
+    # Blocks run one after another: the peak does not depend on their number.
+    vision = replace(config.vision, depth=2 if config.queries is None else 6)
+    queries = None if config.queries is None else replace(config.queries, vision=vision)
+    model = build(replace(config, vision=vision, queries=queries), torch.bfloat16, "meta")
     with torch.inference_mode(), LiveBytes() as live:
-        model.encode_tiles(torch.empty(tiles, 3, 448, 448, dtype=torch.bfloat16, device="meta"))
+        model.encode_tiles(torch.empty(tiles, 3, side, side, dtype=torch.bfloat16, device="meta"))
     assert live.peak == pytest.approx(Plan(config, tiles=tiles).vision_activation, rel=0.02)
 
 

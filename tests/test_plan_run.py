@@ -28,7 +28,7 @@ from internvl.train.run import RunConfig
 from internvl.train.settings import Data, Optimiser, Part, Schedule, Tokens
 from internvl.train.stages import open_stage
 from internvl.train.stages.sft import LOSS, Sft
-from internvl.zoo import RELEASED
+from internvl.zoo import CHAT, RELEASED
 from tiny import tiny_chat_config
 
 FULL: dict[str, Any] = {"vision": Part("full"), "connector": Part("full"), "language": Part("full")}
@@ -104,9 +104,12 @@ def test_parts_of_the_memory() -> None:
     assert memory.on_gpus(1) == memory.peak
 
 
-def test_features_that_are_kept_need_no_vision_pass() -> None:
-    config = MEASURES.grown(tiny_chat_config())
-    config = replace(config, vision=replace(config.vision, mlp_width=4096))
+@pytest.mark.parametrize("shape", ["tiny-llama", "tiny-1.0-qllama"])
+def test_features_that_are_kept_need_no_vision_pass(shape: str) -> None:
+    config = MEASURES.grown(CHAT[shape])
+    vision = replace(config.vision, mlp_width=4096)
+    queries = None if config.queries is None else replace(config.queries, vision=vision)
+    config = replace(config, vision=vision, queries=queries)
     run = RunConfig(schedule=Schedule(steps=1), connector=Part("full"))
     batch = MEASURES.batch_of(config, 4, 30, 8, 10)
     kept = replace(run, data=replace(run.data, features="memory", augment="off"))
@@ -130,17 +133,19 @@ def test_a_release_is_rehearsed_without_memory(release: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "learning",
+    ("learning", "shape"),
     [
-        FULL,
-        {**FULL, "grad_checkpoint": True},
-        {"connector": Part("full"), "tokens": Tokens(learn=True)},
-        {**FULL, "vision": Part("full", layers_from=-1)},
-        {"language": Part("full")},
+        (FULL, ""),
+        ({**FULL, "grad_checkpoint": True}, ""),
+        ({"connector": Part("full"), "tokens": Tokens(learn=True)}, ""),
+        ({**FULL, "vision": Part("full", layers_from=-1)}, ""),
+        ({"language": Part("full")}, ""),
+        ({"connector": Part("full")}, "1.0"),
+        ({"connector": Part("full"), "language": Part("full")}, "1.0"),
     ],
 )
-def test_operations_are_those_that_torch_counts(learning: dict[str, Any]) -> None:
-    config = MEASURES.grown(tiny_chat_config())
+def test_operations_are_those_that_torch_counts(learning: dict[str, Any], shape: str) -> None:
+    config = MEASURES.grown(CHAT["tiny-1.0-qllama"] if shape == "1.0" else tiny_chat_config())
     run = RunConfig(schedule=Schedule(steps=1), device="cpu", **learning)
     batch = MEASURES.batch_of(config, 2, 50, 2, 20)
     model = build(config)

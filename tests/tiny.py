@@ -57,6 +57,22 @@ def tiny_model(
     return model.to(dtype)
 
 
+def tiny_first(queries: bool = True, *, seed: int = 0, vocab_size: int = 160, **changes: Any) -> ChatModel:
+    """A random chat model of 1.0, with or without QLLaMA's queries, whose every weight matters."""
+    config = CHAT["tiny-1.0-qllama" if queries else "tiny-1.0"]
+    settings = {**config.language.settings, "vocab_size": vocab_size}
+    model = build(replace(config, language=replace(config.language, settings=settings), **changes), seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.empty_like(parameter).normal_(0.0, 0.1, generator=generator))
+        if model.qllama is not None:
+            model.qllama.queries.normal_(generator=generator)
+    model.image_token_id = IMAGE_TOKEN_ID
+    return model
+
+
 def tiny_dual(seed: int = 0, **changes: Any) -> DualModel:
     """A random InternVL-G whose every weight matters; fields of DualConfig by keyword."""
     model = build_dual(replace(DUAL["tiny-dual"], **changes), seed=seed)
@@ -87,6 +103,20 @@ def tiny_batch(num_text: int = 6, num_tiles: int = 2, seed: int = 0) -> tuple[to
     half = num_text // 2
     ids = torch.cat([text[:half], torch.full((4 * num_tiles,), IMAGE_TOKEN_ID), text[half:]])
     return ids[None], torch.randn(num_tiles, 3, 56, 56, generator=generator)
+
+
+def plain_tokenizer(extra: tuple[str, ...] = ("<|im_start|>", "<|im_end|>", "<|end|>")) -> Any:
+    """A tokenizer of a language model alone: bytes and control tokens, none of ours."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({p: i for i, p in enumerate(["<pad>", "<s>", "</s>", *extra, *alphabet])}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    out = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    out.add_tokens(list(extra), special_tokens=True)
+    return out
 
 
 @lru_cache

@@ -18,7 +18,16 @@ from internvl.models.build import build, finish
 from internvl.models.chat import ChatModel
 from internvl.models.int8 import is_rounded
 from internvl.models.language import transformers_config
-from internvl.opened import EMBEDDING, HEAD, Opened, base_and_adapters, open_checkpoint, write_checkpoint
+from internvl.opened import (
+    EMBEDDING,
+    FIRST,
+    HEAD,
+    FirstGeneration,
+    Opened,
+    base_and_adapters,
+    open_checkpoint,
+    write_checkpoint,
+)
 from internvl.tokens import IMAGE_TOKEN
 from internvl.zoo import CHAT
 
@@ -44,6 +53,7 @@ def load_checkpoint(
     merge: bool = True,
     device_map: str | Mapping[str, str] | None = None,
     max_bytes: Mapping[str, int] | None = None,
+    first: FirstGeneration = FIRST,
 ) -> Loaded:
     """Open a checkpoint folder of either layout, a hub id, `pocket`, or a `tiny-*` model of random weights.
 
@@ -51,18 +61,19 @@ def load_checkpoint(
     layout, stacked; an adapter folder as `path` brings the model that it names. Adapters, and those that wrap an
     official checkpoint (use_llm_lora, use_backbone_lora), are folded into the weights in float32; with `merge` False
     they stay beside them, which needs peft. `device_map` "auto" spreads the model over all GPUs, or a mapping says
-    which module goes where (`models/placement.py`); `max_bytes` limits each device.
+    which module goes where (`models/placement.py`); `max_bytes` limits each device. `first`: what a folder of
+    InternVL-Chat 1.0, as released, does not say by itself.
 
     Weights stored in the type that is asked for stay in the file, mapped: replace a folder in use (as
     `save_checkpoint` does), never write into its files.
     """
     path, adapters = base_and_adapters(path, adapters)
     if str(path) in CHAT and str(path) != "pocket":
-        if adapters or device_map is not None:
-            raise ValueError(f"{path} has random weights: it takes neither adapters nor a device map")
+        if adapters or device_map is not None or first != FIRST:
+            raise ValueError(f"{path} has random weights: it takes no adapters, device map or vision tower")
         config = CHAT[str(path)]
         return Loaded(build(config, dtype or torch.float32, device), None, config, "random")
-    opened = open_checkpoint(path, layout=layout, adapters=adapters, dtype=dtype)
+    opened = open_checkpoint(path, layout=layout, adapters=adapters, dtype=dtype, first=first)
     dtype, model = dtype or opened.weights.widest, opened.skeleton
     assert model is not None
     places = None
@@ -73,7 +84,7 @@ def load_checkpoint(
         _attach(model, opened)
     if places is not None:
         placement.dispatch(model, places)
-    tokenizer = read_tokenizer(opened.folder, opened.config.language)
+    tokenizer = chat_tokenizer(opened.folder, opened.config)
     known = opened.image_token_id
     model.image_token_id = known if known is not None else _image_token(tokenizer, opened.settings)
     return Loaded(model, tokenizer, opened.config, opened.layout)
@@ -152,6 +163,16 @@ def read_tokenizer(folder: Path, config: LanguageConfig) -> Any:
     return AutoTokenizer.from_pretrained(
         str(folder), config=transformers_config(config), local_files_only=True, trust_remote_code=False
     )
+
+
+def chat_tokenizer(folder: Path, config: ChatConfig) -> Any:
+    """As `read_tokenizer`. That of 1.0 has no token for pictures, nor a row for one (there id -200): it gets the name
+    of one here, with the next id, which no text contains.
+    """
+    tokenizer = read_tokenizer(folder, config.language)
+    if tokenizer is not None and not config.image_marks and IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    return tokenizer
 
 
 def _image_token(tokenizer: Any, settings: Mapping[str, Any]) -> int | None:

@@ -28,6 +28,10 @@ def locate(name: str | Path) -> Path:
         return Path(name)
     if str(name) in CHAT:
         raise FileNotFoundError(f"{name}: made of random weights when it is opened; it has no files to read")
+    if str(name) in RELEASED and not RELEASED[str(name)].on_hub:
+        raise FileNotFoundError(
+            f"{name}: was never released; its row is for plans and recipes. Give the folder of one that was trained"
+        )
     if str(name) in RELEASED or str(name) in DUAL:
         config = RELEASED[str(name)].config if str(name) in RELEASED else DUAL[str(name)]
         raise FileNotFoundError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from internvl.config import ChatConfig
-from internvl.convert import lora, native, official
+from internvl.convert import llava, lora, native, official
 from internvl.convert.files import (
     MAX_SHARD_BYTES,
     NUMBER_TYPES,
@@ -31,9 +31,26 @@ from internvl.convert.lora import Pair
 from internvl.locate import locate
 from internvl.models.build import build
 from internvl.models.chat import ChatModel
+from internvl.tower import open_llava
 
 LAYOUTS = ("official", "native")
+"""That are written; "llava", as InternVL-Chat 1.0 was released, is read alone."""
 EMBEDDING, HEAD = "language.model.model.embed_tokens.weight", "language.model.lm_head.weight"
+
+
+@dataclass(frozen=True)
+class FirstGeneration:
+    """What the folder of an InternVL-Chat 1.0 does not say by itself."""
+
+    vision_tower: str | Path | None = None
+    """Folder of its InternViT or InternVL-G, where it is not inside."""
+    tile_size: int | None = None
+    """Pixels; None: 448 where the tower's name says so, else 336 (official clip_encoder.py)."""
+    allow_pickle: bool = False
+    """Read `pytorch_model*.bin`, which the releases are, by torch's restricted unpickler."""
+
+
+FIRST = FirstGeneration()
 
 
 @dataclass(frozen=True)
@@ -112,21 +129,33 @@ def open_checkpoint(
     layout: str | None = None,
     adapters: Sequence[str | Path] = (),
     dtype: torch.dtype | None = None,
+    first: FirstGeneration = FIRST,
 ) -> Opened:
     """Read configuration and headers of a folder or `pocket`, and check every key and shape. Weights stay on disk.
 
-    `dtype` is the skeleton's; the widest of the file when not given.
+    `dtype` is the skeleton's; the widest of the file when not given. `first` is for folders of 1.0 as released.
     """
     path, adapters = base_and_adapters(path, adapters)
     folder = locate(path)
     settings = read_json(folder / "config.json")
-    layout = _known(layout or layout_of(settings, folder))
-    weights, image_token_id = open_weights(folder), None
+    layout = _known(layout or layout_of(settings, folder), *LAYOUTS, "llava")
+    if first != FIRST and layout != "llava":
+        raise ValueError(
+            f"{folder}: vision_tower, tile_size and allow_pickle are for a chat folder of 1.0 as released, this is the "
+            f"{layout} layout; leave them out"
+        )
+    image_token_id: int | None = None
     wrapped: dict[str, Pair] = {}
+    if layout == "llava":
+        tower = None if first.vision_tower is None else locate(first.vision_tower)
+        config, weights = open_llava(folder, settings, tower, first.tile_size, first.allow_pickle)
+        names = {name: name for name in weights.shapes}
+    else:
+        weights = open_weights(folder)
     if layout == "native":
         config, image_token_id = native.from_native(settings, folder / "config.json")
         names = {native.current_key(key): key for key in weights.shapes}
-    else:
+    elif layout == "official":
         config = official.from_official(settings, folder / "config.json")
         ranks = lora.official_ranks(settings, folder / "config.json")
         names, wrapped = lora.unwrap(weights, ranks, folder)
@@ -180,7 +209,7 @@ def disk_keys(config: ChatConfig, layout: str, ours: Iterable[str], image_token_
 
 
 def _settings(config: ChatConfig, layout: str, image_token_id: int | None) -> dict[str, Any]:
-    if _known(layout) == "native":
+    if _known(layout, *LAYOUTS) == "native":
         return native.to_native(config, image_token_id)
     return official.to_official(config)
 
@@ -202,10 +231,12 @@ def _known_pairs(
 
 
 def _rules(config: ChatConfig, layout: str) -> list[Any]:
+    if layout == "llava":
+        return llava.llava_rules(config)
     return native.native_rules(config) if layout == "native" else official.official_rules(config)
 
 
-def _known(layout: str) -> str:
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout {layout!r}; it is {' or '.join(LAYOUTS)}")
+def _known(layout: str, *layouts: str) -> str:
+    if layout not in layouts:
+        raise ValueError(f"layout {layout!r}; it is {' or '.join(layouts)}")
     return layout

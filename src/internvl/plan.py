@@ -24,8 +24,6 @@ INT4_GROUP = 32
 """Numbers that share a scale and a zero, both bfloat16, in 4-bit weights (models/four_bit.py)."""
 SCALE_BYTES, INT8_SCALE_BYTES = 2, 4
 """Of int4, in bfloat16, and of int8, in float32."""
-MARKS = 2
-"""`<img>` and `</img>` around the tokens of a picture."""
 TEXT_TOKENS = 1000
 """Positions of question, history and answer that a plan counts beside one picture, when nothing else is asked."""
 
@@ -90,7 +88,7 @@ class Plan:
 
     def picture_tokens(self, tiles: int) -> int:
         """Positions that a picture of `tiles` tiles takes in the prompt."""
-        return tiles * self.config.tokens_per_tile + MARKS
+        return tiles * self.config.tokens_per_tile + self.config.picture_marks
 
     # bytes
 
@@ -120,11 +118,17 @@ class Plan:
 
     @property
     def vision_activation(self) -> int:
-        """Peak while the ViT encodes `tiles` tiles: pixels, block input, residual, normed, fc1's and GELU's output."""
+        """Peak while the ViT encodes `tiles` tiles: pixels, block input, residual, normed, fc1's and GELU's output.
+
+        Positions that were interpolated stay. Where queries ask the last block too, the tapped one waits; asking
+        itself is less than a block.
+        """
         vision, config = self.config.vision, self.config
         positions = (config.tile_size // vision.patch_size) ** 2 + 1
-        pixels = 3 * config.tile_size**2
-        return self.tiles * self.number_bytes * (pixels + positions * (3 * vision.width + 2 * vision.mlp_width))
+        pixels, waiting = 3 * config.tile_size**2, 0 if config.queries is None else vision.width
+        each = pixels + positions * (waiting + 3 * vision.width + 2 * vision.mlp_width)
+        kept = positions * vision.width if config.tile_size != vision.image_size else 0
+        return self.number_bytes * (self.tiles * each + kept)
 
     @property
     def prompt_activation(self) -> int:
@@ -153,10 +157,10 @@ class Plan:
 
     @property
     def parts(self) -> list[Part]:
-        """The model in the order in which it runs: vision with connector, embedding, layers, norm with head."""
+        """The model in the order in which it runs: vision to connector, embedding, layers, norm with head."""
         config, size = self.config, self.number_bytes
         language = config.language
-        seen = config.vision.num_parameters + config.connector_parameters
+        seen = config.tower_parameters + config.connector_parameters
         layer_bytes = self.matrix_bytes + (language.layer_parameters - language.matrix_parameters) * size
         layer_cache = self.cache_bytes_per_token // language.depth * self.tokens * self.rows
         head = language.width + (0 if language.tied else language.embedding_parameters)

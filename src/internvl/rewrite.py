@@ -23,9 +23,18 @@ from internvl.config import ChatConfig
 from internvl.convert import lora
 from internvl.convert.files import MAX_SHARD_BYTES, read_json, write_json
 from internvl.convert.keys import Entry
-from internvl.load import load_checkpoint, read_tokenizer, save_checkpoint
+from internvl.load import chat_tokenizer, load_checkpoint, save_checkpoint
 from internvl.models.chat import ChatModel
-from internvl.opened import EMBEDDING, HEAD, Opened, disk_keys, open_checkpoint, write_checkpoint
+from internvl.opened import (
+    EMBEDDING,
+    FIRST,
+    HEAD,
+    FirstGeneration,
+    Opened,
+    disk_keys,
+    open_checkpoint,
+    write_checkpoint,
+)
 from internvl.tokens import IMAGE_TOKEN
 from internvl.zoo import CHAT
 
@@ -52,6 +61,11 @@ class Wanted:
     image_token_id: int | None = None
     """Id of <IMG_CONTEXT>, where the source has no tokenizer."""
     max_shard_bytes: int = MAX_SHARD_BYTES
+    first: FirstGeneration = FIRST
+    """What a folder of InternVL-Chat 1.0, as released, does not say by itself."""
+
+    def open(self, source: str | Path) -> Opened:
+        return open_checkpoint(source, adapters=self.adapters, first=self.first)
 
 
 @dataclass(frozen=True)
@@ -85,7 +99,7 @@ def convert(
         if str(source) in CHAT and str(source) != "pocket":
             found = _write_random(str(source), folder, wanted)
         else:
-            found = _write_opened(open_checkpoint(source, adapters=wanted.adapters), folder, wanted, progress)
+            found = _write_opened(wanted.open(source), folder, wanted, progress)
         if not check:
             return found
         difference, change = _compare(source, folder, wanted)
@@ -99,12 +113,12 @@ def convert(
 
 def plan_keys(source: str | Path, wanted: Wanted) -> Iterator[tuple[str, list[str], tuple[int, ...], str]]:
     """What `convert` would write: key, the keys of the source that it comes from, shape, number type. Reads headers."""
-    opened = open_checkpoint(source, adapters=wanted.adapters)
+    opened = wanted.open(source)
     kinds = _kinds(opened, wanted)
     origin = {key: list(entry.disk) for entry in opened.entries for key in entry.ours}
     if opened.config.language.tied:
         origin[HEAD] = [key for key in origin[HEAD] if key in opened.names] or origin[EMBEDDING]
-    image_token_id = _image_token_id(opened, wanted, read_tokenizer(opened.folder, opened.config.language))
+    image_token_id = _image_token_id(opened, wanted, chat_tokenizer(opened.folder, opened.config))
     for entry in disk_keys(opened.config, wanted.layout, kinds, image_token_id):
         on_disk = entry.to_disk([kinds[key] for key in entry.ours])
         sources = [key for ours in entry.ours for key in origin[ours]]
@@ -170,7 +184,7 @@ def reader(opened: Opened, dtype: torch.dtype | None, merge: bool = True) -> Cal
 
 
 def _write_opened(opened: Opened, folder: Path, wanted: Wanted, progress: Callable[[int, int], None]) -> Written:
-    tokenizer = read_tokenizer(opened.folder, opened.config.language)
+    tokenizer = chat_tokenizer(opened.folder, opened.config)
     image_token_id = _image_token_id(opened, wanted, tokenizer)
     kinds = _kinds(opened, wanted)
     read = reader(opened, wanted.dtype, merge=not wanted.apart)
@@ -185,19 +199,18 @@ def _write_opened(opened: Opened, folder: Path, wanted: Wanted, progress: Callab
     write_checkpoint(folder, opened.config, wanted.layout, image_token_id, kinds, counted, wanted.max_shard_bytes)
     if wanted.apart:
         _write_apart(opened, folder)
-    _write_tokenizer(opened.folder, folder, tokenizer)
+    _write_tokenizer(opened, folder, tokenizer)
     _copy(opened.folder, folder, BESIDE)
     forget_code(folder)
     return Written(opened.layout, _count(opened.config, kinds), None, None)
 
 
-def _write_tokenizer(source: Path, folder: Path, tokenizer: Any) -> None:
+def _write_tokenizer(opened: Opened, folder: Path, tokenizer: Any) -> None:
     """The same files where tokenizer.json says all; else one is made, so that nobody needs the release's code."""
-    if not (source / "tokenizer.json").is_file():
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(folder))
-        return
-    _copy(source, folder, TOKENIZER_FILES)
+    if (opened.folder / "tokenizer.json").is_file() and opened.layout != "llava":
+        _copy(opened.folder, folder, TOKENIZER_FILES)
+    elif tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
 
 
 def _copy(source: Path, folder: Path, names: Iterable[str]) -> None:
@@ -236,19 +249,21 @@ def _compare(source: str | Path, folder: Path, wanted: Wanted) -> tuple[float, f
     dtype = _number_type(folder)
     has_peft = find_spec("peft") is not None  # without it both sides are folded, which says the same of the weights
     merge = not wanted.apart or not has_peft
-    before = probe(load_checkpoint(source, dtype=dtype, adapters=wanted.adapters, merge=merge).model)
+    before = probe(
+        load_checkpoint(source, dtype=dtype, adapters=wanted.adapters, merge=merge, first=wanted.first).model
+    )
     apart = sorted((folder / "adapters").glob("*/"))
     after = probe(load_checkpoint(folder, dtype=dtype, adapters=apart, merge=merge).model)
     change = None
     if not wanted.apart and has_peft and _has_adapters(source, wanted):
-        kept = load_checkpoint(source, dtype=dtype, adapters=wanted.adapters, merge=False).model
+        kept = load_checkpoint(source, dtype=dtype, adapters=wanted.adapters, merge=False, first=wanted.first).model
         change = float((probe(kept) - before).abs().max())
     return float((after - before).abs().max()), change
 
 
 def _has_adapters(source: str | Path, wanted: Wanted) -> bool:
     named = str(source) in CHAT and str(source) != "pocket"
-    return not named and bool(open_checkpoint(source, adapters=wanted.adapters).adapters)
+    return not named and bool(wanted.open(source).adapters)
 
 
 def _number_type(folder: Path) -> torch.dtype:

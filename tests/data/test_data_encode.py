@@ -57,6 +57,9 @@ def learned_text(ids: torch.Tensor, labels: torch.Tensor) -> str:
             "thumbnail": st.booleans(),
             "dynamic_tiles": st.booleans(),
             "pad_to_square": st.booleans(),
+            "crop": st.booleans(),
+            "image_marks": st.booleans(),
+            "downsample": st.sampled_from([0.5, 1.0]),
             "template": st.sampled_from(sorted(TEMPLATES)),
         }
     ),

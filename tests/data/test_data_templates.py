@@ -38,6 +38,30 @@ def test_the_chinese_template_of_1_1() -> None:
     assert render(messages[:1], "internvl_zh") == " <human>: 你好 <bot>:"
 
 
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+def test_vicuna_of_1_0() -> None:
+    """official internvl_chat_llava, conversation.py: two separators, a space after questions, </s> after answers."""
+    said = [Turn("user", "<image>\nQ"), Turn("assistant", "A"), Turn("user", "R"), Turn("assistant", "B")]
+    assert render(said[:1], "v1") == f"{VICUNA} USER: <image>\nQ ASSISTANT:"
+    whole = f"{VICUNA} USER: <image>\nQ ASSISTANT: A</s>USER: R ASSISTANT: B</s>"
+    assert render(said, "v1", False) == whole
+    learned = [piece.text for piece in layout(said, find_template("v1")) if piece.learned]
+    assert learned == [" ", "A", "</s>", " ", "B", "</s>"]
+
+
+def test_plain_of_1_0() -> None:
+    """Nothing but what was said, an answer ends with its line."""
+    said = [Turn("user", "<image>"), Turn("assistant", "a cat")]
+    assert render(said, "plain", False) == "<image>a cat\n"
+    learned = [piece.text for piece in layout(said, find_template("plain")) if piece.learned]
+    assert learned == ["a cat", "\n"]
+
+
 def test_phi3_and_hermes() -> None:
     messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
     assert render(messages, "phi3-chat") == "<|system|>\nS<|end|><|user|>\nQ<|end|><|assistant|>\n"
@@ -48,6 +72,8 @@ def test_phi3_and_hermes() -> None:
 def test_stops() -> None:
     assert {name: template.stops for name, template in TEMPLATES.items()} == {
         "internvl_zh": ("</s>",),
+        "v1": ("</s>",),
+        "plain": ("",),  # captions end with a line; nobody talks in it
         "Hermes-2": ("<|im_end|>", "<|endoftext|>"),
         "internlm2-chat": ("<|im_end|>",),
         "phi3-chat": ("<|end|>",),
@@ -90,7 +116,7 @@ def test_several_pictures_of_a_message_are_numbered_through_the_conversation() -
 
 
 def test_unknown_template_lists_the_names() -> None:
-    with pytest.raises(ValueError, match="unknown template 'vicuna'; it is one of internvl_zh, Hermes-2"):
+    with pytest.raises(ValueError, match="unknown template 'vicuna'; it is one of internvl_zh, v1, plain, Hermes-2"):
         internvl.render([], template="vicuna")
     with pytest.raises(ValueError, match="unknown template"):
         find_template("")

@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 from internvl.config import VisionConfig
 from internvl.convert.keys import expand
-from internvl.convert.official import VISION_FIELDS, VISION_RULES, from_official
+from internvl.convert.official import from_official
+from internvl.convert.parts import VISION_FIELDS, VISION_RULES
 from internvl.models.internvit import InternViT
 from internvl.models.layers import DropPath, RMSNorm, drop_path_rates, resize_positions
 from internvl.zoo import VIT_TINY, VIT_TINY_6B

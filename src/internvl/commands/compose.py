@@ -25,9 +25,9 @@ class Compose:
     target: Annotated[Path, tyro.conf.Positional]
     """The folder to write (official layout); it must be empty or not there."""
     vision: Path
-    """An InternViT folder, or a chat checkpoint whose vision part is taken."""
+    """A folder of InternViT or InternVL-G, or a chat checkpoint whose vision part is taken; or pocket-dual, pocket."""
     language: Path
-    """A Llama, Qwen2, Phi-3 or InternLM2 folder with its tokenizer, or a chat checkpoint."""
+    """A Llama, Qwen2, Phi-3 or InternLM2 folder with its tokenizer, or a chat checkpoint; or pocket."""
     connector: Path | None = None
     """A chat checkpoint whose connector is carried over; a fresh one without it."""
     template: str | None = None
@@ -36,6 +36,8 @@ class Compose:
     """Side of a tile in pixels; the default is what the vision part was trained with."""
     max_tiles: int = 12
     """Most tiles of a picture, without the thumbnail."""
+    form: Literal["2", "1.0"] = "2"
+    """2: 1.2 and later; 1.0: all patches of one square, behind the queries of an InternVL-G."""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
     """Number type to write; stored is that of the language model."""
     seed: int = 0
@@ -49,11 +51,13 @@ def main(arguments: list[str]) -> int:
     import torch
 
     from internvl.compose import Parts, compose
+    from internvl.locate import locate
 
     dtype = None if asked.dtype == "stored" else getattr(torch, asked.dtype)
     parts = Parts(
-        vision=asked.vision,
-        language=asked.language,
+        vision=locate(asked.vision),
+        language=locate(asked.language),
+        form=asked.form,
         connector=asked.connector,
         template=asked.template,
         tile_size=asked.tile_size,
@@ -67,10 +71,11 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def next_command(target: Path) -> list[str]:
-    """Words of the stage-1 command: the connector learns, and the rows of the new tokens."""
+def next_command(target: Path, has_rows: bool = True) -> list[str]:
+    """Words of the stage-1 command: the connector learns, and the rows of the new tokens where they have some."""
     words = ["internvl", "train", "pocket_connector", "--model", str(target), "--data.meta", "meta.json"]
     words += ["--data.held-out", "held_out.jsonl", "--optimiser.peak-lr", f"{STAGE1_RATE:g}"]
+    words += [] if has_rows else ["--tokens.no-learn"]
     return [*words, "--out", f"runs/{target.name}-stage1"]
 
 
@@ -83,7 +88,7 @@ def _result(composed: Composed, target: Path) -> dict[str, object]:
         "added_tokens": dict(composed.added),
         "template": config.template,
         "tile": {"pixels": config.tile_size, "tokens": config.tokens_per_tile, "most": config.max_tiles},
-        "next": shlex.join(next_command(target)),
+        "next": shlex.join(next_command(target, config.image_marks)),
     }
 
 

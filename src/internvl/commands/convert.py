@@ -35,6 +35,12 @@ class Convert:
     """Write adapters, also those that wrap the source, below TARGET/adapters instead of folding them in."""
     image_token_id: int | None = None
     """Id of <IMG_CONTEXT>, where the source has no tokenizer."""
+    vision_tower: str | None = None
+    """Of an InternVL-Chat 1.0 as released: the folder (or hub id) of its InternViT or InternVL-G."""
+    tile_size: int | None = None
+    """Of the same: side of a picture in pixels; the default is 448 where the tower's name says so, else 336."""
+    allow_pickle: bool = False
+    """Of the same: read pytorch_model*.bin, which those releases are, by torch's restricted unpickler."""
     like: str | None = None
     """Sizes of an original .pth: a name such as InternVL-C-13B-224px (the default), or a folder of that model."""
     check: bool = True
@@ -52,13 +58,15 @@ def main(arguments: list[str]) -> int:
     asked = tyro.cli(Convert, args=arguments, prog="internvl convert")
     import torch
 
+    from internvl.opened import FirstGeneration
     from internvl.rewrite import Wanted, convert, describe, plan_keys
     from internvl.rewrite_dual import is_dual_source
 
     dtype = None if asked.dtype == "stored" else getattr(torch, asked.dtype)
     if is_dual_source(asked.source):
         return _dual(asked, dtype)
-    wanted = Wanted(asked.layout, dtype, asked.adapters, asked.apart, asked.image_token_id)
+    first = FirstGeneration(asked.vision_tower, asked.tile_size, asked.allow_pickle)
+    wanted = Wanted(asked.layout, dtype, asked.adapters, asked.apart, asked.image_token_id, first=first)
     if asked.dry_run:
         sys.stdout.write(describe(plan_keys(asked.source, wanted), asked.json) + "\n")
         return 0

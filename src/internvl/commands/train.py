@@ -189,7 +189,8 @@ def _dry(run: RunConfig, asked: Asked) -> int:
     from internvl.train.dry import dry_run
     from internvl.train.recipes import find_recipe
 
-    release = find_recipe(asked.recipe).release if asked.recipe is not None else ""
+    recipe = None if asked.recipe is None else find_recipe(asked.recipe)
+    release = "" if recipe is None else recipe.release or recipe.like
     with tempfile.TemporaryDirectory() as folder:
         found = dry_run(run, release, Path(folder))
     if asked.json:

@@ -11,7 +11,7 @@ from typing import Any
 
 from internvl.config import DualConfig, LanguageConfig
 from internvl.convert.keys import Rule, rename
-from internvl.convert.official import (
+from internvl.convert.parts import (
     LANGUAGE_SIZES,
     VISION_CONSTANTS,
     VISION_FIELDS,
@@ -20,6 +20,7 @@ from internvl.convert.official import (
     mapping,
     rest,
     vision_config,
+    vision_settings,
 )
 
 MODEL_TYPE = "internvl"
@@ -97,9 +98,6 @@ def to_official(config: DualConfig) -> dict[str, Any]:
     """A config.json that the official InternVLModel reads, of InternVL-G; C alone is ours only."""
     unknown = dict(config.unknown)
     vision_rest = unknown.pop("vision_config", {})
-    vision = {disk: getattr(config.vision, ours) for ours, disk in VISION_FIELDS.items()}
-    if config.vision.drop_path_schedule != "linear":
-        vision["drop_path_schedule"] = config.vision.drop_path_schedule
     fields = {disk: getattr(config, ours) for ours, disk in FIELDS.items()}
     own = {} if config.generative else {GENERATIVE: False}
     qllama = {CROSS_EVERY: config.cross_every, "num_query_token": config.num_queries}
@@ -109,7 +107,7 @@ def to_official(config: DualConfig) -> dict[str, Any]:
         **fields,
         **own,
         "hidden_size": config.language.width,
-        "vision_config": {**VISION_CONSTANTS, **vision_rest, **vision},
+        "vision_config": {**VISION_CONSTANTS, **vision_rest, **vision_settings(config.vision)},
         "qllama_config": {**config.language.settings, **qllama},
     }
 
@@ -140,11 +138,19 @@ def _trunk(disk: str) -> list[Rule]:
 
 _BY_THEMSELVES = [rename("text_projection", "text_projection"), rename("logit_scale", "logit_scale")]
 
+QUERY_RULES: list[Rule] = [rename("qllama.queries", "query_tokens"), *_trunk("qllama.model")]
+"""The queries and what they pass through: what a chat model of 1.0 has of InternVL-G."""
+
+BESIDE_QUERIES = (
+    *("qllama.model.embed_tokens.*", "qllama.lm_head.*", "clip_projector.*", "clip_projector2.*", "itm_head.*"),
+    *("text_projection", "logit_scale"),
+)
+"""What else the folder of InternVL-G holds: texts, and heads."""
+
 OFFICIAL_RULES: list[Rule] = [
     *VISION_RULES,
-    rename("qllama.queries", "query_tokens"),
     rename("qllama.head.*", "qllama.lm_head.*"),
-    *_trunk("qllama.model"),
+    *QUERY_RULES,
     *_pool("image_pool", "clip_projector"),
     *_pool("query_pool", "clip_projector2"),
     rename("match_head.*", "itm_head.*"),

@@ -138,6 +138,8 @@ def _text_type(config: LanguageConfig) -> str:
 
 
 def _refuse(config: ChatConfig, image_token_id: int | None) -> None:
+    if config.queries is not None or not config.connector_norm:
+        raise ValueError("InternVL-Chat 1.0 has no native form: no queries there, and a norm in every connector")
     if config.pixel_shuffle != "v2":
         raise ValueError("pixel shuffle v1 has no native form: transformers emits tokens row by row; use official")
     if image_token_id is None:

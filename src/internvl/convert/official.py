@@ -6,55 +6,28 @@ Fields that this project does not use are kept in `ChatConfig.unknown` and writt
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
-from internvl.config import ChatConfig, LanguageConfig, LanguageFamily, VisionConfig
-from internvl.convert.keys import GroupedQKV, Rule, rename
+from internvl.config import ChatConfig, DualConfig, VisionConfig
+from internvl.convert import dual
+from internvl.convert.keys import Rule, rename
+from internvl.convert.parts import (
+    VISION_CONSTANTS,
+    VISION_DEFAULTS,
+    VISION_FIELDS,
+    VISION_RULES,
+    checked,
+    language_config,
+    language_rules,
+    mapping,
+    one_of,
+    rest,
+    vision_config,
+    vision_settings,
+)
 
 MODEL_TYPE = "internvl_chat"
-
-FAMILIES: dict[str, LanguageFamily] = {
-    "LlamaForCausalLM": "llama",
-    "InternLM2ForCausalLM": "internlm2",
-    "Phi3ForCausalLM": "phi3",
-    "Qwen2ForCausalLM": "qwen2",
-}
-"""`llm_config.architectures[0]` picks the class (official modeling_internvl_chat.py)."""
-
-VISION_FIELDS = {
-    "width": "hidden_size",
-    "depth": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "mlp_width": "intermediate_size",
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-    "norm_eps": "layer_norm_eps",
-    "qkv_bias": "qkv_bias",
-    "qk_norm": "qk_normalization",
-    "scale_init": "initializer_factor",
-    "weight_std": "initializer_range",
-    "drop_path": "drop_path_rate",
-    "norm": "norm_type",
-}
-"""Our field to the official one."""
-
-VISION_DEFAULTS: dict[str, Any] = {
-    "hidden_size": 3200,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 25,
-    "intermediate_size": 12800,
-    "image_size": 224,
-    "patch_size": 14,
-    "layer_norm_eps": 1e-6,
-    "qkv_bias": False,
-    "qk_normalization": True,
-    "initializer_factor": 0.1,
-    "initializer_range": 0.02,
-    "drop_path_rate": 0.0,
-    "norm_type": "rms_norm",
-}
-"""What an absent field means (official configuration_intern_vit.py)."""
 
 CHAT_FIELDS = {
     "tile_size": "force_image_size",
@@ -85,26 +58,25 @@ CHAT_DEFAULTS: dict[str, Any] = {
 }
 """What an absent field means (official configuration_internvl_chat.py); `ps_version` is really v1 then."""
 
+OWN_FIELDS = {
+    "connector_norm": ("internvl_connector_norm", True),
+    "image_marks": ("internvl_image_marks", True),
+    "crop": ("internvl_crop", False),
+}
+"""What 1.0 does otherwise, for which the official layout, younger than it, has no field; with the usual value."""
+QUERIES = "internvl_queries"
+"""Likewise: the config of InternVL-G, without the encoder, where its queries are part of the chat model."""
+
 CHAT_CONSTANTS: dict[str, Any] = {
     "architectures": ["InternVLChatModel"],
     "model_type": MODEL_TYPE,
     "use_backbone_lora": 0,
     "use_llm_lora": 0,
 }
-VISION_CONSTANTS: dict[str, Any] = {
-    "architectures": ["InternVisionModel"],
-    "model_type": "intern_vit_6b",
-    "hidden_act": "gelu",
-    "num_channels": 3,
-}
-"""Written always; kept as unknown where a file says otherwise."""
-
-READ_BY_US = {*CHAT_FIELDS.values(), "vision_config", "llm_config", "torch_dtype", "dtype"} | {
+READ_BY_US = {*CHAT_FIELDS.values(), "vision_config", "llm_config", "torch_dtype", "dtype", QUERIES} | {
+    *(field for field, _ in OWN_FIELDS.values()),
     *("use_backbone_lora", "use_llm_lora"),  # how the weights are wrapped (convert/lora.py), not what the model is
 }
-
-LANGUAGE_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-"""Must be there: no default fits every language model."""
 
 DERIVED_KEYS = ("language_model.*.rotary_emb.inv_freq",)
 """Stored by transformers before 4.32, computed from the config since: ignored where a file has them."""
@@ -130,17 +102,20 @@ def from_official(settings: Mapping[str, Any], where: object = "config.json") ->
         chat["tile_size"] = vision.get("image_size", VISION_DEFAULTS["image_size"])
     if not isinstance(chat.get("template"), str):
         raise ValueError(f"{where}: template is {chat.get('template')!r}, must name a conversation template")
-    _one_of(chat["downsample"], (0.5, 1.0, 0.25), "downsample_ratio", where)
-    _one_of(chat["pixel_shuffle"], ("v1", "v2"), "ps_version", where)
-    _one_of(chat["normalize"], ("imagenet", "clip", "siglip"), "normalize_type", where)
+    one_of(chat["downsample"], (0.5, 1.0, 0.25), "downsample_ratio", where)
+    one_of(chat["pixel_shuffle"], ("v1", "v2"), "ps_version", where)
+    one_of(chat["normalize"], ("imagenet", "clip", "siglip"), "normalize_type", where)
+    chat |= {ours: settings.get(disk, usual) for ours, (disk, usual) in OWN_FIELDS.items()}
     unknown = rest(settings, READ_BY_US, CHAT_CONSTANTS)
     vision_rest = rest(vision, {*VISION_FIELDS.values(), "drop_path_schedule"}, VISION_CONSTANTS)
     if vision_rest:
         unknown["vision_config"] = vision_rest
+    seen = vision_config(vision, where)
     return checked(
         ChatConfig,
         where,
-        vision=vision_config(vision, where),
+        vision=seen,
+        queries=_queries(settings, seen, where) if QUERIES in settings else None,
         language=language_config(language, where),
         unknown=unknown,
         **chat,
@@ -148,114 +123,42 @@ def from_official(settings: Mapping[str, Any], where: object = "config.json") ->
 
 
 def to_official(config: ChatConfig) -> dict[str, Any]:
-    """A config.json that the official code, vLLM, SGLang and lmdeploy read."""
+    """A config.json that the official code, vLLM, SGLang and lmdeploy read; of 1.0 ours alone."""
     unknown = dict(config.unknown)
     vision_rest = unknown.pop("vision_config", {})
-    vision = {disk: getattr(config.vision, ours) for ours, disk in VISION_FIELDS.items()}
-    if config.vision.drop_path_schedule != "linear":
-        vision["drop_path_schedule"] = config.vision.drop_path_schedule
     chat = {disk: getattr(config, ours) for ours, disk in CHAT_FIELDS.items()}
     if chat["system_message"] is None:
         del chat["system_message"]
     if chat["normalize_type"] == "imagenet":  # no official field: the official code takes it as an argument
         del chat["normalize_type"]
+    own = {disk: getattr(config, ours) for ours, (disk, usual) in OWN_FIELDS.items() if getattr(config, ours) != usual}
+    if config.queries is not None:
+        own[QUERIES] = {k: v for k, v in dual.to_official(config.queries).items() if k != "vision_config"}
     return {
         **CHAT_CONSTANTS,
         **unknown,
         **chat,
-        "vision_config": {**VISION_CONSTANTS, **vision_rest, **vision},
+        **own,
+        "vision_config": {**VISION_CONSTANTS, **vision_rest, **vision_settings(config.vision)},
         "llm_config": dict(config.language.settings),
     }
 
 
 def official_rules(config: ChatConfig) -> list[Rule]:
     """Our keys and the official ones."""
-    return [*VISION_RULES, *CONNECTOR_RULES, *language_rules(config.language)]
+    return [*VISION_RULES, *dual.QUERY_RULES, *CONNECTOR_RULES, *language_rules(config.language)]
 
 
-VISION_RULES = [
-    rename("vision.embeddings.*", "vision_model.embeddings.*"),
-    rename("vision.layers.*.attention.*", "vision_model.encoder.layers.*.attn.*"),
-    rename("vision.layers.*.scale1", "vision_model.encoder.layers.*.ls1"),
-    rename("vision.layers.*.scale2", "vision_model.encoder.layers.*.ls2"),
-    rename("vision.layers.*", "vision_model.encoder.layers.*"),
-]
 CONNECTOR_RULES = [
     rename("connector.norm.*", "mlp1.0.*"),
     rename("connector.fc1.*", "mlp1.1.*"),
     rename("connector.fc2.*", "mlp1.3.*"),
+    rename("connector.query_fc1.*", "mlp2.1.*"),
+    rename("connector.query_fc2.*", "mlp2.3.*"),
 ]
+"""`mlp2` is ours alone: no release in this layout has queries."""
 
 
-def language_rules(config: LanguageConfig) -> list[Rule]:
-    if config.family != "internlm2":
-        return [rename("language.model.*", "language_model.*")]
-    ours, disk = "language.model.model.layers.*", "language_model.model.layers.*"
-    qkv = GroupedQKV(config.heads, config.kv_heads)
-    projections = tuple(f"{ours}.self_attn.{name}_proj.*" for name in "qkv")
-    return [
-        Rule(projections, (f"{disk}.attention.wqkv.*",), qkv.split, qkv.fuse),
-        rename(f"{ours}.self_attn.o_proj.*", f"{disk}.attention.wo.*"),
-        rename(f"{ours}.mlp.gate_proj.*", f"{disk}.feed_forward.w1.*"),
-        rename(f"{ours}.mlp.up_proj.*", f"{disk}.feed_forward.w3.*"),
-        rename(f"{ours}.mlp.down_proj.*", f"{disk}.feed_forward.w2.*"),
-        rename(f"{ours}.input_layernorm.*", f"{disk}.attention_norm.*"),
-        rename(f"{ours}.post_attention_layernorm.*", f"{disk}.ffn_norm.*"),
-        rename("language.model.model.embed_tokens.*", "language_model.model.tok_embeddings.*"),
-        rename("language.model.model.norm.*", "language_model.model.norm.*"),
-        rename("language.model.lm_head.*", "language_model.output.*"),
-    ]
-
-
-def vision_config(settings: Mapping[str, Any], where: object) -> VisionConfig:
-    """InternViT from `vision_config`, or from the config.json of an encoder alone."""
-    if settings.get("hidden_act", "gelu") != "gelu":
-        raise ValueError(f"{where}: vision hidden_act is {settings['hidden_act']!r}, must be 'gelu'")
-    fields = {ours: settings.get(disk, VISION_DEFAULTS[disk]) for ours, disk in VISION_FIELDS.items()}
-    _one_of(fields["norm"], ("layer_norm", "rms_norm"), "norm_type", where)
-    schedule = _one_of(settings.get("drop_path_schedule", "linear"), ("linear", "uniform"), "drop_path_schedule", where)
-    return checked(VisionConfig, where, **fields, drop_path_schedule=schedule)
-
-
-def language_config(settings: Mapping[str, Any], where: object) -> LanguageConfig:
-    """A language model from `llm_config`, or from the config.json of one alone."""
-    names = settings.get("architectures") or [None]
-    if names[0] not in FAMILIES:
-        raise ValueError(f"{where}: language model {names[0]!r} is not one of {', '.join(FAMILIES)}")
-    wrong = {key: settings.get(key) for key in LANGUAGE_SIZES if not isinstance(settings.get(key), int)}
-    if wrong:
-        raise ValueError(f"{where}: the language model has {wrong}; each must be a whole number")
-    return LanguageConfig(FAMILIES[names[0]], settings)
-
-
-def _one_of(value: Any, allowed: tuple[Any, ...], field: str, where: object) -> Any:
-    if value not in allowed:
-        raise ValueError(f"{where}: {field} is {value!r}, must be one of {', '.join(map(str, allowed))}")
-    return value
-
-
-def rest(settings: Mapping[str, Any], known: Iterable[str], constants: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields that would be lost: not read, and not written as a constant."""
-    return {
-        key: value
-        for key, value in settings.items()
-        if key not in known and (key not in constants or constants[key] != value)
-    }
-
-
-def mapping(settings: Mapping[str, Any], key: str, where: object) -> Mapping[str, Any]:
-    value = settings.get(key)
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{where}: {key} is {type(value).__name__}, must be an object")
-    return value
-
-
-T = TypeVar("T")
-
-
-def checked(make: type[T], where: object, **fields: Any) -> T:
-    """The dataclass, with the file named when a field has an impossible value."""
-    try:
-        return make(**fields)
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{where}: {error}") from error
+def _queries(settings: Mapping[str, Any], vision: VisionConfig, where: object) -> DualConfig:
+    stored = mapping(settings, QUERIES, where)
+    return dual.from_official({**stored, "vision_config": vision_settings(vision)}, f"{where}: {QUERIES}")

@@ -1,8 +1,9 @@
-"""A picture as one square: the whole of it squashed, or a random part of it (training)."""
+"""A picture as one square: the whole of it squashed, its middle, or a random part of it (training)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -20,6 +21,17 @@ TRIES = 10
 def squash(image: Image.Image, side: int) -> UInt8[Tensor, "3 side side"]:
     """The whole picture, bicubic, its ratio not kept (official transform of retrieval and captions)."""
     return _pixels(image, (0, 0, *image.size), side)
+
+
+def middle(image: Image.Image, side: int, halve: Callable[[int], int] = lambda room: room // 2) -> Image.Image:
+    """The middle square of `side` px, after the shorter side was resized to it, bicubic (CLIP's image processor).
+
+    `halve` says how many of the pixels that are over lie on the left and above.
+    """
+    shorter = min(image.size)
+    width, height = (side if edge == shorter else int(side * edge / shorter) for edge in image.size)
+    left, top = halve(width - side), halve(height - side)
+    return image.resize((width, height), BICUBIC).crop((left, top, left + side, top + side))
 
 
 def random_crop(

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from internvl.config import ChatConfig
+from internvl.data.crop import middle
 from internvl.data.images import Limits, Source, compress, header_size, jpeg_augment, open_image, pad_to_square
 from internvl.data.media import FrameSettings, expand_video, probe, read_frames
 from internvl.data.records import Record, RecordError
@@ -96,7 +97,7 @@ class Encoder:
 
     @property
     def tokeniser(self) -> Tokeniser:
-        return tokeniser_of(self.tokenizer, len(self.tokenizer))
+        return tokeniser_of(self.tokenizer, len(self.tokenizer), self.config.image_marks)
 
     @property
     def template(self) -> Template:
@@ -134,10 +135,10 @@ class Encoder:
         tokens = self._tokens(turns)
         lengths = self._lengths(tiles)
         labels = expand(tokens, lengths)[1][: self.max_length]
-        spans, longer = [], 0
+        spans, longer, mark = [], 0, self.config.picture_marks // 2
         for at, length, count in zip(tokens.image_at.tolist(), lengths, tiles, strict=True):
             start = at + longer
-            spans.append(Span(start - 1, start + length + 1, count))  # with the tokens around a picture
+            spans.append(Span(start - mark, start + length + mark, count))  # with the tokens around a picture
             longer += length - 1
         return Layout(tuple(spans), labels != IGNORE_INDEX)
 
@@ -185,6 +186,9 @@ class Encoder:
 
     def _training_pieces(self, turns: Sequence[Turn]) -> list[Piece]:
         template = self.template
+        if template.drops_questions:
+            shown = (IMAGE_MARK * turn.text.count(IMAGE_MARK) for turn in turns)
+            turns = [t if t.role == "assistant" else Turn(t.role, mark) for t, mark in zip(turns, shown, strict=True)]
         if template.strips:
             turns = [Turn(turn.role, turn.text.strip()) for turn in turns]
         if template.drops_leading_answer and turns[0].role == "assistant":
@@ -205,10 +209,12 @@ class Encoder:
                     "lower max_tiles, or set overlong='cut'",
                 )
             last_image = np.flatnonzero(ids == self.tokeniser.image_token_id)[-1:]
-            if len(last_image) and last_image[0] + 2 > limit:  # the token that ends an image must fit too
+            # the token that ends an image must fit too
+            end = last_image[0] + 1 + self.config.picture_marks // 2 if len(last_image) else 0
+            if end > limit:
                 raise RecordError(
                     "too_long",
-                    f"{source}: its images end at token {last_image[0] + 2}; the limit is {limit}; "
+                    f"{source}: its images end at token {end}; the limit is {limit}; "
                     "raise max_length or lower max_tiles",
                 )
         if not (labels[:limit] != IGNORE_INDEX).any():
@@ -247,7 +253,7 @@ class Encoder:
             image = pad_to_square(image, config.normalize)
         augment = rng if self.augment else None
         if not config.dynamic_tiles:
-            return single(image if augment is None else compress(image, augment), config.tile_size)
+            return single(self._middle(image if augment is None else compress(image, augment)), config.tile_size)
         tiles = cut(image, min(config.min_tiles, budget), budget, config.thumbnail, config.tile_size)
         return tiles if augment is None else jpeg_augment(tiles, augment)
 
@@ -255,7 +261,11 @@ class Encoder:
         frames = read_frames(video, indices, self.limits)
         if self.config.pad_to_square:
             frames = [pad_to_square(frame, self.config.normalize) for frame in frames]
-        return [single(frame, self.config.tile_size) for frame in frames]
+        return [single(self._middle(frame), self.config.tile_size) for frame in frames]
+
+    def _middle(self, image: Image.Image) -> Image.Image:
+        """The part of a picture that becomes its one tile."""
+        return middle(image, self.config.tile_size) if self.config.crop else image
 
     def _stack(self, tiles: Sequence[Tensor]) -> UInt8[Tensor, "tiles 3 side side"]:
         if not tiles:

@@ -33,6 +33,11 @@ _SYSTEM_1_5 = (
 _SYSTEM_2_5 = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 )
+# Official internvl_chat_llava, conversation.py: that of Vicuna 1.1.
+_SYSTEM_VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class Template:
     more_stops: tuple[str, ...] = ()
     strips: bool = False
     """Training strips every text (official preprocess_internlm)."""
+    drops_questions: bool = False
+    """Training keeps of a question its pictures alone (official preprocess_plain): captions learn from pictures."""
     drops_leading_answer: bool = False
     """Training drops an answer that comes before the first question (official code, all but internvl2_5)."""
 
@@ -92,6 +99,30 @@ TEMPLATES: dict[str, Template] = {
             user_end=" ",
             assistant_end="</s>",
             gap=" ",
+            drops_leading_answer=True,
+        ),
+        Template(
+            name="v1",
+            system_start="",
+            system_message=_SYSTEM_VICUNA,
+            system_end=" ",
+            user_start="USER:",
+            assistant_start="ASSISTANT:",
+            user_end=" ",
+            assistant_end="</s>",
+            gap=" ",
+            drops_leading_answer=True,
+        ),
+        Template(
+            name="plain",
+            system_start="",
+            system_message="",
+            system_end="",
+            user_start="",
+            assistant_start="",
+            user_end="",
+            assistant_end="\n",
+            drops_questions=True,
             drops_leading_answer=True,
         ),
         _chatml("Hermes-2", _SYSTEM_1_5, "<|im_end|>", more_stops=("<|endoftext|>",), drops_leading_answer=True),

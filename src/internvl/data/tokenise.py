@@ -35,7 +35,6 @@ from internvl.tokens import (
 
 _WRITABLE = {QUAD_START, QUAD_END, REF_START, REF_END, BOX_START, BOX_END}
 """Special tokens that people and models may write in a text."""
-_ONE_IMAGE = image_tokens(1)
 
 
 class Tokens(NamedTuple):
@@ -48,14 +47,18 @@ class Tokens(NamedTuple):
 
 
 class Tokeniser:
-    """A tokenizer of transformers, read through its Rust core; changes nothing, pickles, forks."""
+    """A tokenizer of transformers, read through its Rust core; changes nothing, pickles, forks.
 
-    def __init__(self, tokenizer: Any) -> None:
+    `marks`: `<img>` and `</img>` stand around a picture; without them (1.0) its one token stands alone.
+    """
+
+    def __init__(self, tokenizer: Any, marks: bool = True) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
                 f"{type(tokenizer).__name__} gives no character offsets; load the fast tokenizer (tokenizer.json)"
             )
         self.image_token_id = token_id(tokenizer, IMAGE_TOKEN)
+        self._one_image = image_tokens(1) if marks else IMAGE_TOKEN
         # A copy: transformers leaves the truncation of its last call in the original.
         self._core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._core.no_truncation()
@@ -128,15 +131,14 @@ class Tokeniser:
             at = match.end()
         yield self._marked(piece.text[at:], piece), False
 
-    @staticmethod
-    def _marked(text: str, piece: Piece) -> str:
-        return text.replace(IMAGE_MARK, _ONE_IMAGE) if piece.takes_images else text
+    def _marked(self, text: str, piece: Piece) -> str:
+        return text.replace(IMAGE_MARK, self._one_image) if piece.takes_images else text
 
 
 @lru_cache(maxsize=8)
-def tokeniser_of(tokenizer: Any, num_tokens: int) -> Tokeniser:
+def tokeniser_of(tokenizer: Any, num_tokens: int, marks: bool = True) -> Tokeniser:
     """The one reader of a tokenizer of this size: making it copies the vocabulary."""
-    return Tokeniser(tokenizer)
+    return Tokeniser(tokenizer, marks)
 
 
 def expand(

@@ -168,6 +168,7 @@ def release(folder: Folder) -> Iterator[Finding]:
         name: (getattr(ours, name), getattr(theirs, name))
         for name in (
             "template",
+            "num_queries",
             "pixel_shuffle",
             "feature_layer",
             "tile_size",

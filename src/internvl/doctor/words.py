@@ -99,7 +99,9 @@ def vocabulary(folder: Folder) -> Iterator[Finding]:
         yield Finding("note", "vocabulary", "no tokenizer in the folder", "", "ids that the caller makes")
         return
     rows = size if folder.embedding is None else folder.embedding[0]
-    length = max(folder.vocabulary.values()) + 1
+    # Without marks (1.0) the token of a picture is a name without a row, or with one.
+    nameless = {IMAGE_TOKEN} if not folder.config.image_marks else set()
+    length = max(index for token, index in folder.vocabulary.items() if token not in nameless) + 1
     says = f"{folder.vocabulary_file}: ids to {length - 1}"
     if length > rows:
         yield Finding("conflict", "vocabulary", says, f"{rows} embedding rows", "nothing: such an id has no row")
@@ -120,13 +122,16 @@ def vocabulary(folder: Folder) -> Iterator[Finding]:
 def special_tokens(folder: Folder) -> Iterator[Finding]:
     if not folder.vocabulary:
         return
-    needed = [token for token in (IMAGE_START, IMAGE_TOKEN, IMAGE_END) if token not in folder.vocabulary]
+    marks = folder.config is None or folder.config.image_marks
+    around = (IMAGE_START, IMAGE_TOKEN, IMAGE_END) if marks else (IMAGE_TOKEN,)
+    needed = [token for token in around if token not in folder.vocabulary]
     if needed:
         says = f"{folder.vocabulary_file} lacks {', '.join(needed)}"
         yield Finding(
             "conflict", "special tokens", says, "a picture stands between them", "nothing: pictures are refused"
         )
-    rest = [token for token in SPECIAL_TOKENS if token not in folder.vocabulary and token not in needed]
+    known = SPECIAL_TOKENS if marks else ()
+    rest = [token for token in known if token not in folder.vocabulary and token not in needed]
     if rest:
         says = f"{folder.vocabulary_file} lacks {', '.join(rest)}"
         yield Finding("note", "special tokens", says, "", "their spelling as plain text: boxes cost more tokens")

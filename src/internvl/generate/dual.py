@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from internvl.data.captions import MAX_TOKENS
+from internvl.data.crop import middle
 from internvl.data.dual_texts import CAPTION_PROMPT, TEXT_PREFIX, DualTokeniser, pad
 from internvl.data.images import Source, normalise, open_image
 from internvl.data.resize import BICUBIC
@@ -145,7 +146,4 @@ def square(image: Image.Image, side: int, fit: Fit) -> Image.Image:
         return image.resize((side, side), BICUBIC)
     if fit != "crop":
         raise ValueError(f"fit {fit!r}; it is 'squash' (whole picture) or 'crop' (middle square)")
-    shorter = min(image.size)
-    width, height = (side if edge == shorter else int(side * edge / shorter) for edge in image.size)
-    left, top = round((width - side) / 2), round((height - side) / 2)
-    return image.resize((width, height), BICUBIC).crop((left, top, left + side, top + side))
+    return middle(image, side, lambda room: round(room / 2))  # as torchvision does

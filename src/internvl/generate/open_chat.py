@@ -21,6 +21,7 @@ from internvl.models.chat import ChatModel
 from internvl.models.choose import why_not_here
 from internvl.models.products import fast_bfloat16
 from internvl.models.torchao_layers import torchao_rounding
+from internvl.opened import FirstGeneration
 
 Dtype = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 Quantiser = Literal["auto", "own", "torchao"]
@@ -37,6 +38,9 @@ def load_chat(
     device_map: str | Mapping[str, str] | None = None,
     max_kl: float | None = None,
     quantiser: Quantiser = "auto",
+    vision_tower: str | Path | None = None,
+    tile_size: int | None = None,
+    allow_pickle: bool = False,
 ) -> Chat:
     """Open a model by name, hub id or folder, of either layout, to chat with.
 
@@ -46,14 +50,20 @@ def load_chat(
     `quantiser` "torchao" rounds by torchao, prompts and steps alike; "auto" takes it for int4 where there are no 4-bit
     kernels here: on a GPU, and for language models without a fused path (docs/chat.md).
     device "auto" takes a GPU if there is one; `device_map` "auto" spreads the model over all GPUs. `adapters` are peft
-    folders, folded in (docs/convert.md).
+    folders, folded in (docs/convert.md). `vision_tower`, `tile_size` and `allow_pickle` are for a folder of
+    InternVL-Chat 1.0 as released (`opened.FirstGeneration`).
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if quantiser != "auto" and dtype not in KL_LIMITS:
         raise ValueError(f"quantiser {quantiser!r} with dtype {dtype}: it rounds to {' or '.join(KL_LIMITS)}")
     loaded = load_checkpoint(
-        name_or_folder, device=device, dtype=dtype_of(dtype, device), adapters=adapters, device_map=device_map
+        name_or_folder,
+        device=device,
+        dtype=dtype_of(dtype, device),
+        adapters=adapters,
+        device_map=device_map,
+        first=FirstGeneration(vision_tower, tile_size, allow_pickle),
     )
     limit = KL_LIMITS.get(str(dtype), math.inf) if max_kl is None else max_kl
     by_torchao = quantiser == "torchao" or (quantiser == "auto" and _needs_torchao(dtype, loaded.model))

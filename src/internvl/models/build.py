@@ -69,6 +69,11 @@ def initialise(model: ChatModel, seed: int = 0) -> None:
     for module in (*model.connector.modules(), *model.language.modules()):
         _initialise(module, language.initializer_range, generator)
     _initialise_vision(model.vision, generator)
+    if model.qllama is not None:
+        std = float(model.qllama.config.language.settings.get("initializer_range", 0.02))
+        for module in model.qllama.modules():
+            _initialise(module, std, generator)
+        _normal(model.qllama.queries, std, generator)
 
 
 @torch.no_grad()

@@ -1,4 +1,7 @@
-"""The chat model: tiles through InternViT and the connector into their token places, then the language model."""
+"""The chat model: tiles through InternViT and the connector into their token places, then the language model.
+
+In 1.0 frozen queries of QLLaMA may look at each tile too; their states come before its patches.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from internvl.config import ChatConfig
-from internvl.models.connector import Connector
+from internvl.models.connector import connector_of
 from internvl.models.internvit import InternViT
 from internvl.models.language import LanguageModel
+from internvl.models.qllama import QLLaMA
 from internvl.tokens import IMAGE_TOKEN
 
 
 class ChatModel(nn.Module):
-    """Official InternVLChatModel: `vision`, `connector`, `language`."""
+    """Official InternVLChatModel: `vision`, `connector`, `language`; `qllama` is None but in 1.0 with queries."""
 
     def __init__(self, config: ChatConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -27,17 +31,34 @@ class ChatModel(nn.Module):
         """Id of <IMG_CONTEXT>; the tokenizer knows it, the weights do not."""
         self.language = LanguageModel(config.language, dtype)
         self.vision = InternViT(config.vision).to(dtype)
-        self.connector = Connector(
-            config.vision.width, self.language.width, config.downsample, config.pixel_shuffle
-        ).to(dtype)
+        self.qllama = None if config.queries is None else QLLaMA(config.queries, reads=False).to(dtype)
+        self.connector = connector_of(config).to(dtype)
 
     def encode_tiles(
         self, pixel_values: Float[Tensor, "tiles 3 height width"]
     ) -> Float[Tensor, "tiles tokens llm_width"]:
         """Normalised tiles to tokens of the language model's width."""
-        features = self.vision(pixel_values, self.config.feature_layer)
-        out: Tensor = self.connector(features[:, 1:])
+        out: Tensor = self.connector(self.look(pixel_values))
         return out
+
+    def look(
+        self, pixel_values: Float[Tensor, "tiles 3 height width"]
+    ) -> Float[Tensor, "tiles queries_and_patches dim"]:
+        """What the connector reads: the tapped block without the class token. QLLaMA's queries, which ask the last
+        block, come first; both kinds get the width of the wider one, the rest of a vector is zero.
+        """
+        if self.qllama is None:
+            patches: Tensor = self.vision(pixel_values, self.config.feature_layer)[:, 1:]
+            return patches
+        tapped, last = self.vision.taps(pixel_values, (self.config.feature_layer, -1))
+        queries, patches = self.qllama.look(last), tapped[:, 1:]
+        width = max(queries.shape[-1], patches.shape[-1])
+        return torch.cat([F.pad(x, (0, width - x.shape[-1])) for x in (queries, patches)], dim=1)
+
+    @property
+    def eyes(self) -> nn.Module:
+        """All that `look` runs."""
+        return self.vision if self.qllama is None else nn.ModuleList([self.vision, self.qllama])
 
     def embed(
         self,
@@ -57,7 +78,8 @@ class ChatModel(nn.Module):
             real = pixel_values if image_flags is None else pixel_values[image_flags.flatten().bool()]
             visual = self.encode_tiles(real) if len(real) else None
         places = self._image_places(input_ids, visual, num_image_tokens)
-        embeds = self.language.embed(input_ids)
+        # The id of <IMG_CONTEXT> may have no row (1.0): what stands in its places is taken from elsewhere anyway.
+        embeds = self.language.embed(input_ids if places is None else input_ids.masked_fill(places, 0))
         if visual is None:
             return embeds
         if places is None:
@@ -109,6 +131,8 @@ class ChatModel(nn.Module):
     def checkpoint(self, on: bool = True) -> None:
         """Switch gradient checkpointing of the vision and the language blocks."""
         self.vision.checkpointing = on
+        if self.qllama is not None:
+            self.qllama.checkpointing = on
         self.language.checkpoint(on)
 
     def resize(self, vocab_size: int, seed: int = 0) -> None:
@@ -120,7 +144,9 @@ class ChatModel(nn.Module):
     def resize_positions(self) -> None:
         """Store positions for the tile size, for good, and interpolate no more (official resize_pos_embeddings)."""
         self.vision.resize_positions(self.config.tile_size)
-        self.config = replace(self.config, vision=self.vision.config)
+        queries, vision = self.config.queries, self.vision.config
+        queries = None if queries is None else replace(queries, vision=vision)
+        self.config = replace(self.config, vision=vision, queries=queries)
 
     def _image_places(
         self, input_ids: Tensor, visual: Tensor | None, num_image_tokens: int | None

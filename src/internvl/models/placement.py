@@ -1,9 +1,9 @@
 """One model on several devices: which module goes where by its bytes, and moving tensors between them.
 
-As in the official recipe (quick start of the InternVL documentation), the first device holds the vision part, the
-connector, the embedding, the final norm, the head, and the first and the last layer, so that pictures, ids and logits
-stay there; the other layers follow in order. The official recipe counts the first device as half a device; here
-every module is counted in bytes.
+As in the official recipe (quick start of the InternVL documentation), the first device holds the vision part (with
+QLLaMA where there is one), the connector, the embedding, the final norm, the head, and the first and the last layer, so
+that pictures, ids and logits stay there; the other layers follow in order. The official recipe counts the first device
+as half a device; here every module is counted in bytes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def budgets(max_bytes: Mapping[str, int] | None = None) -> dict[str, int]:
 
 def sizes(model: ChatModel) -> dict[str, int]:
     """Bytes of each module that is placed as a whole, in the number type of the model; memory may be on "meta"."""
-    names = [*FIRST, *(f"{LAYERS}{n}" for n in range(model.config.language.depth))]
+    first = FIRST if model.qllama is None else ("qllama", *FIRST)
+    names = [*first, *(f"{LAYERS}{n}" for n in range(model.config.language.depth))]
     out = {name: sum(p.nbytes for p in model.get_submodule(name).parameters()) for name in names}
     if model.config.language.tied:
         out["language.model.lm_head"] = 0  # the embedding, counted once
@@ -93,7 +94,7 @@ def place(
     if unused:
         raise ValueError(f"the device map names {', '.join(map(repr, unused[:5]))}, which the model does not have")
     places = {name: str(wanted[key]) for name, key in chosen.items() if key is not None}
-    if model.config.language.tied and len({places[FIRST[2]], places[FIRST[4]]}) > 1:
+    if model.config.language.tied and len({places[f"{DECODER}.embed_tokens"], places["language.model.lm_head"]}) > 1:
         raise ValueError("the head is the embedding (tie_word_embeddings); put both on one device")
     return places
 

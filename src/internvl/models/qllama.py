@@ -195,19 +195,21 @@ class Layer(nn.Module):
 
 
 class QLLaMA(nn.Module):
-    """Rows of queries and text to hidden states after the final norm."""
+    """Rows of queries and text to hidden states after the final norm; without `reads` it takes no text, only looks."""
 
-    def __init__(self, config: DualConfig) -> None:
+    def __init__(self, config: DualConfig, reads: bool = True) -> None:
         super().__init__()
         language = config.language
         self.config = config
         self.checkpointing = False
         """Recompute layers in the backward pass instead of keeping their activations."""
-        self.embed_tokens = nn.Embedding(language.vocab_size, language.width)
+        if reads:
+            self.embed_tokens = nn.Embedding(language.vocab_size, language.width)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(language.depth))
         self.norm = RMSNorm(language.width, config.norm_eps)
         if config.generative:
             self.queries = nn.Parameter(torch.zeros(1, config.num_queries, language.width))
+        if config.generative and reads:
             self.head = Linear(language.width, language.vocab_size, bias=False)
 
     def forward(
@@ -232,7 +234,8 @@ class QLLaMA(nn.Module):
         for layer, past in zip(self.layers, pasts, strict=True):
             given = (x, angles, mask, causal and mask is None, features, image_of_row, past)
             x, pair = checkpoint(layer, *given, use_reentrant=False) if recompute else layer(*given)
-            pairs.append(pair)
+            if cache is not None:  # nobody else needs them, and 32 layers of them outweigh a block of the ViT
+                pairs.append(pair)
         if cache is not None:
             cache.pairs = pairs
         out: Tensor = self.norm(x)

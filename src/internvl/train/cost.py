@@ -25,16 +25,19 @@ def operations(run: RunConfig, config: ChatConfig, size: BatchSize, learned: int
     read += 2 * language.depth * language.heads * language.head_width * size.squares  # half of the square: causal
     full = run.language.learn == "full"
     read *= _passes(run, behind_language or run.language.learn != "frozen", full)
-    connected = 2 * config.connector_parameters * size.tiles * config.tokens_per_tile
+    of_queries = 0 if config.queries is None else config.mlp_parameters(config.queries.language.width)
+    of_patches = config.connector_parameters - of_queries
+    connected = 2 * size.tiles * (of_patches * config.patch_tokens + of_queries * config.num_queries)
     connected *= 3 if run.connector.learn == "full" else 2 if behind_vision else 1
     scored = 2 * learned * language.embedding_parameters * (3 if full else 2)
     return float(seen + read + connected + scored)
 
 
 def tile_operations(run: RunConfig, config: ChatConfig, tiles: int) -> float:
-    """Of the vision part over so many tiles, and back where it learns."""
+    """Of the vision part over so many tiles, and back where it learns; of the queries that look too."""
     patches = (config.tile_size // config.vision.patch_size) ** 2 + 1
-    return vision_operations(run, config.vision, tiles, patches, patches)
+    asked = 0.0 if config.queries is None else tiles * _asked(config.queries, patches)
+    return vision_operations(run, config.vision, tiles, patches, patches) + asked
 
 
 def vision_operations(run: RunConfig, vision: VisionConfig, pictures: int, embedded: int, seen: int) -> float:
@@ -101,6 +104,16 @@ def pair_operations(run: RunConfig, config: DualConfig, size: PairSize, rows: in
     cross += 2 * shown * size.seen * 2 * inner * config.vision.width
     found += cross * sum(map(config.crosses, range(language.depth))) * (3 + recomputed)
     return found + 2 * size.learned * language.embedding_parameters * 2
+
+
+def _asked(queries: DualConfig, positions: int) -> float:
+    """Operations of QLLaMA's look at one tile of so many positions: forward alone, it is frozen."""
+    language, width = queries.language, queries.language.heads * queries.language.head_width
+    crosses = sum(map(queries.crosses, range(language.depth)))
+    layers = language.depth * (language.matrix_parameters + 2 * queries.num_queries * width) * queries.num_queries
+    asks = 2 * width * language.width + 2 * positions * width
+    reads = 2 * width * queries.vision.width
+    return float(2 * (layers + crosses * (queries.num_queries * asks + positions * reads)))
 
 
 def heaviest(run: RunConfig, config: ChatConfig, sizes: Sequence[BatchSize]) -> int:

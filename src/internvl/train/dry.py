@@ -17,7 +17,7 @@ from internvl.train.recipes.tiny import COLOURS, byte_tokenizer
 from internvl.train.run import RunConfig, differences, to_json
 from internvl.train.settings import Schedule
 from internvl.train.stage import Stage
-from internvl.zoo import CHAT, RELEASED, VIT_TINY, VIT_TINY_6B
+from internvl.zoo import CHAT, DUAL, RELEASED, VIT_TINY, VIT_TINY_6B
 
 STEPS = 2
 STAGES = ("sft", "align", "distill")
@@ -44,10 +44,11 @@ def tiny_like(config: ChatConfig) -> ChatConfig:
     """A tiny model of the family, vision layout, token order, tap, tiling and template of `config`."""
     vision = VIT_TINY_6B if config.vision.qk_norm else VIT_TINY
     depth = vision.depth - 1 - config.feature_layer if config.feature_layer < 0 else vision.depth
-    tiny = CHAT[f"tiny-{config.language.family}"]
+    tiny, vision = CHAT[f"tiny-{config.language.family}"], replace(vision, depth=depth)
     return replace(
         config,
-        vision=replace(vision, depth=depth),
+        vision=vision,
+        queries=None if config.queries is None else replace(DUAL["tiny-dual"], vision=vision),
         language=tiny.language,
         tile_size=tiny.tile_size,
         system_message="Look.",
@@ -115,16 +116,19 @@ def shrink(run: RunConfig, model: str, records: Path, out: Path) -> RunConfig:
 
 
 def dry_run(run: RunConfig, release: str, folder: Path) -> Dry:
-    """Two steps and the export, in `folder`; its model and records are taken where they are there already."""
+    """Two steps and the export, in `folder`, whose model and records are taken where they are there already.
+
+    The shape is that of `release`, or of a name such as pocket.
+    """
     from internvl.train.checkpoint import replace_text
     from internvl.train.loop import Trainer
     from internvl.train.stages import open_stage
 
     if run.stage not in STAGES:
         raise ValueError(f"stage {run.stage!r} has no dry run; take its tiny recipe of `internvl train --list`")
-    config = tiny_like(RELEASED[release].config if release else CHAT["pocket"])
+    config = tiny_like(RELEASED[release].config if release in RELEASED else CHAT[release or "pocket"])
     name = f"{config.language.family}-{'6b' if config.vision.qk_norm else '300m'}-{config.template}"
-    name += f"{config.feature_layer}-{config.pixel_shuffle}"
+    name += f"{config.feature_layer}-{config.pixel_shuffle}-{config.tokens_per_tile}"
     model, records = folder / name, folder / "records" / "records.jsonl"
     if not model.is_dir():
         write_model(model, config)

@@ -31,7 +31,7 @@ def digests(tiles: UInt8[Tensor, "tiles 3 side side"]) -> list[bytes]:
 
 
 def key(vision: nn.Module, **settings: Any) -> str:
-    """Names everything the features depend on: every weight, and the settings given."""
+    """Names everything the features depend on: every weight of what looks, and the settings given."""
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8)
     for name, parameter in vision.named_parameters():
         digest.update(name.encode())

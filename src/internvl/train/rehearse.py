@@ -153,7 +153,8 @@ def rehearse(run: RunConfig, config: ChatConfig, tokenizer: Any, batch: ChatBatc
     prepared = Sft(run, _Config(config), tokenizer, None, None).prepare(batch)  # type: ignore[arg-type]
     model = build(plain(config), device="meta")
     model.image_token_id = token_id(tokenizer, SPECIAL_TOKENS[2])
-    learner = trainable.choose(model, run, [token_id(tokenizer, token) for token in SPECIAL_TOKENS])
+    rows = [token_id(tokenizer, token) for token in SPECIAL_TOKENS] if run.tokens.learn else []
+    learner = trainable.choose(model, run, rows)
     if run.grad_checkpoint:
         model.checkpoint()
     with weightless(model, learner.rows) as fake:
@@ -232,8 +233,7 @@ class Blank:
     model: ChatModel
 
     def _features(self, tiles: Tensor) -> Tensor:
-        states: Tensor = self.model.vision(torch.zeros(tiles.shape), self.model.config.feature_layer)
-        return states[:, 1:]
+        return self.model.look(torch.zeros(tiles.shape))
 
 
 class _Rehearsal(Blank, Sft):
@@ -258,5 +258,6 @@ class Kept:
 
     def get(self, name: bytes) -> Tensor:
         config = self.model.config
-        patches = (config.tile_size // config.vision.patch_size) ** 2
-        return torch.zeros(patches, config.vision.width, dtype=next(self.model.vision.parameters()).dtype)
+        positions = config.num_queries + (config.tile_size // config.vision.patch_size) ** 2
+        width = max(config.vision.width, 0 if config.queries is None else config.queries.language.width)
+        return torch.zeros(positions, width, dtype=next(self.model.vision.parameters()).dtype)

@@ -76,6 +76,10 @@ class Data:
     written to `quarantine.jsonl`, whole, with file, line and reason."""
     max_tiles: int | None = None
     """Tiles of one image before the thumbnail; the model's own number when not given."""
+    template: str | None = None
+    """Of the prompts of this run alone, such as plain; the model's own when not given, and that is what it keeps."""
+    pad_to_square: bool | None = None
+    """Of this run alone, as `template`."""
     weighting: Literal["token", "sample", "square"] = "square"
     """Weight of a learned token among x of its sample: 1, 1/x, 1/sqrt(x) (paper 2.5, section 3.4)."""
     augment: Literal["as_given", "on", "off"] = "as_given"

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from internvl.compose import CHAT_TYPES, VISION_TYPE, open_vision, vision_of
+from internvl.compose import CHAT_TYPES, open_vision, vision_of
 from internvl.config import ChatConfig
-from internvl.convert.dual import from_official
+from internvl.convert.dual import from_official, is_dual
 from internvl.convert.files import read_json
 from internvl.data.images import normalise
 from internvl.data.packaged import efficientnet as packaged
@@ -28,6 +28,7 @@ from internvl.locate import locate
 from internvl.models import efficientnet
 from internvl.models.build import build, build_dual
 from internvl.models.internvit import InternViT
+from internvl.tower import VISION_TYPE
 from internvl.zoo import CHAT, DUAL, VISION
 
 LITE0 = "efficientnet-lite0"
@@ -125,8 +126,8 @@ def open_teacher(name: str, dtype: torch.dtype = torch.float32) -> Teacher:
     if name.startswith("tiny-") and name in DUAL:
         return _teacher(name, build_dual(DUAL[name], dtype).vision, DUAL[name].side)
     folder = locate(name)
-    kind = read_json(folder / "config.json").get("model_type")
-    if kind in (*CHAT_TYPES, VISION_TYPE):
+    settings = read_json(folder / "config.json")
+    if not is_dual(settings) and settings.get("model_type") in (*CHAT_TYPES, VISION_TYPE):
         vision, seen = open_vision(folder, dtype)
         if seen is not None:
             return _teacher(name, vision, seen.tile_size, seen.normalize, seen.feature_layer)
@@ -147,11 +148,11 @@ def sketch_teacher(name: str, dtype: torch.dtype = torch.float32) -> Teacher:
     config = seen.vision if seen is not None else dual.vision if dual is not None else VISION.get(Path(name).name)
     if config is None:
         folder = locate(name)
-        kind = read_json(folder / "config.json").get("model_type")
-        if kind in (*CHAT_TYPES, VISION_TYPE):
+        settings = read_json(folder / "config.json")
+        if not is_dual(settings) and settings.get("model_type") in (*CHAT_TYPES, VISION_TYPE):
             config, seen = vision_of(folder)
         else:
-            dual = from_official(read_json(folder / "config.json"), folder / "config.json")
+            dual = from_official(settings, folder / "config.json")
             config = dual.vision
     with torch.device("meta"):
         vision = InternViT(config).to(dtype)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 ROWS = "token_rows"
 """Prefix of the names of learned token rows."""
+QLLAMA = "qllama"
+"""Queries of 1.0 beside a chat model's encoder: part of no setting, always frozen."""
 PROJECTIONS = "projections"
 """Prefix of the names of what distillation puts behind the student."""
 
@@ -165,6 +167,9 @@ def table(learner: Learner) -> list[tuple[str, str, int, int]]:
         part = run.part(name)
         how = f"lora rank {part.rank}" if part.learn == "lora" else part.learn
         lines.append((name, how, learned, sum(n for n, learns in sizes if not learns)))
+    looks = sum(p.numel() for key, p in learner.model.named_parameters() if learner.part_of(key) == QLLAMA)
+    if looks:
+        lines.append((QLLAMA, "frozen", 0, looks))
     if learner.rows is not None:
         lines.append(("new tokens", "full", sum(p.numel() for p in learner.rows.parameters()), 0))
     return lines

@@ -2,8 +2,9 @@
 
 from internvl.zoo.dual import DUAL
 from internvl.zoo.languages import LANGUAGES, Base
-from internvl.zoo.released import RELEASED, VISION, Release
+from internvl.zoo.released import RELEASED, Release
 from internvl.zoo.small import CHAT, VIT_POCKET, VIT_TINY, VIT_TINY_6B
+from internvl.zoo.vision import VISION
 
 __all__ = [
     "CHAT",

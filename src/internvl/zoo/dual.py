@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from internvl.config import DualConfig, LanguageConfig
-from internvl.zoo.released import VISION
-from internvl.zoo.small import LLAMA_TINY, SMOLLM2_135M, VIT_POCKET, VIT_TINY_6B
+from internvl.zoo.small import DUAL_TINY, SMOLLM2_135M, VIT_POCKET
+from internvl.zoo.vision import VISION
 
 CHINESE_ALPACA_7B = LanguageConfig(
     "llama",
@@ -65,12 +65,6 @@ DUAL: dict[str, DualConfig] = {
         embed_width=384,
         pool_heads=6,  # of 64 and 96 numbers
     ),
-    "tiny-dual": DualConfig(
-        VIT_TINY_6B,
-        replace(LLAMA_TINY, settings={**LLAMA_TINY.settings, "num_hidden_layers": 4}),
-        num_queries=5,
-        embed_width=24,
-        pool_heads=4,
-    ),
+    "tiny-dual": DUAL_TINY,
 }
 """`InternVL-C-13B-224px` is the original `internvl_c_13b_224px.pth`; the others are checkpoint folders."""

@@ -48,6 +48,17 @@ LLAMA2_13B = LanguageConfig(
         "tie_word_embeddings": False,
     },
 )
+VICUNA_13B = differ(LLAMA2_13B, vocab_size=32000, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+"""Sizes of LLaMA2-13B: with InternViT they are the 37.9 GB that hub: InternVL-Chat-ViT-6B-Vicuna-13B holds."""
+VICUNA_7B = differ(
+    VICUNA_13B,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+)
+"""As config.json of hub: InternVL-Chat-ViT-6B-Vicuna-7B, which leaves out rope_theta: LLaMA's default."""
 YI_34B = differ(
     LLAMA2_13B,
     hidden_size=7168,
@@ -173,6 +184,8 @@ _NORM = ("rms_norm_eps",)
 LANGUAGES: dict[str, Base] = {
     base.name: base
     for base in (
+        Base("vicuna-7b-v1.5", VICUNA_7B),
+        Base("vicuna-13b-v1.5", VICUNA_13B, (*_CONTEXT, *_NORM)),
         Base("LLaMA2-13B (Chinese chat)", LLAMA2_13B, ("vocab_size", *_ROTARY, *_NORM)),
         Base("Nous-Hermes-2-Yi-34B", YI_34B, ("vocab_size", *_CONTEXT, *_NORM)),
         Base("Hermes-2-Theta-Llama-3-70B", LLAMA3_70B, ("vocab_size", *_MLP, *_CONTEXT, *_ROTARY, *_NORM)),

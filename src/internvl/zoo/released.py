@@ -1,4 +1,4 @@
-"""Every released vision encoder and chat checkpoint, each as a difference from another.
+"""Every released chat checkpoint, each as a difference from another; of 1.0 also those that only the paper has.
 
 For tests, plans and `internvl doctor`: loading reads the checkpoint's own config.json and never this table. What could
 not be checked against a published file is named in `unverified`. Sources: papers 1.5, Mini, 2.5, MPO; model cards;
@@ -11,30 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from internvl.config import ChatConfig, VisionConfig
+from internvl.config import ChatConfig
+from internvl.zoo.dual import DUAL
 from internvl.zoo.languages import LANGUAGES
-
-_VIT_6B = VisionConfig(
-    width=3200, depth=45, heads=25, mlp_width=12800, norm="rms_norm", qkv_bias=False, qk_norm=True, weight_std=1e-10
-)
-"""Three blocks fewer than before: the fourth-to-last block had the best features (paper 1.5, section 3.2)."""
-_VIT_300M = VisionConfig()
-
-VISION: dict[str, VisionConfig] = {
-    "InternViT-6B-224px": replace(_VIT_6B, depth=48, image_size=224),
-    "InternViT-6B-448px-V1-0": replace(_VIT_6B, depth=48),
-    "InternViT-6B-448px-V1-2": _VIT_6B,
-    "InternViT-6B-448px-V1-5": _VIT_6B,
-    "InternViT-6B-448px-V2_5": _VIT_6B,
-    "InternViT-300M-448px-Distill": _VIT_300M,
-    "InternViT-300M-448px": _VIT_300M,
-    "InternViT-300M-448px-V2_5": _VIT_300M,
-}
-"""Vision encoders (paper 2.5, table 1)."""
-VISION_BILLIONS = {
-    name: ("0.3" if "300M" in name else "5.9" if vision.depth == 48 else "5.5") for name, vision in VISION.items()
-}
-"""Published sizes, as printed."""
+from internvl.zoo.vision import VISION
 
 
 @dataclass(frozen=True)
@@ -48,17 +28,19 @@ class Release:
     language: str
     """Key of LANGUAGES."""
     billions: str
-    """Published number of parameters, in billions, with the digits that were printed."""
+    """Published number of parameters, in billions, with the digits that were printed; empty where none was."""
     date: str | None
     """First day of the release, ISO; None where none was found. InternVL2 came out from this day on."""
     train_tokens: int | None
     """Longest row in the last stage of training; None where it was not published."""
     assumed: tuple[str, ...] = ()
     """Fields of this row, beyond those of the language model, that are assumptions."""
+    on_hub: bool = True
+    """False: scores were published, the weights were not; the name is ours."""
 
     @property
     def hub_id(self) -> str:
-        return f"OpenGVLab/{self.name}"
+        return f"OpenGVLab/{self.name}" if self.on_hub else ""
 
     @property
     def unverified(self) -> tuple[str, ...]:
@@ -67,12 +49,47 @@ class Release:
         return (*self.assumed, *of_language, *(("vision.scale_init",) if "300M" in self.vision else ()))
 
 
+_OF_ROW = ("billions", "date", "train_tokens", "assumed", "on_hub")
+
+
 def _differ(base: Release, name: str, vision: str = "", language: str = "", **changes: Any) -> Release:
     """A release like `base` but for what is given: fields of Release, or of its config."""
     vision, language = vision or base.vision, language or base.language
-    of_row = {key: changes.pop(key) for key in ("billions", "date", "train_tokens", "assumed") if key in changes}
+    of_row = {key: changes.pop(key) for key in _OF_ROW if key in changes}
     config = replace(base.config, vision=VISION[vision], language=LANGUAGES[language].config, **changes)
     return replace(base, name=name, config=config, vision=vision, language=language, **of_row)
+
+
+def _generation_1_0() -> Iterator[Release]:
+    """LLaVA-1.5 around InternViT-6B; with QLLaMA's queries in the paper alone (tables 9 and 18, official docs)."""
+    vision, language = "InternViT-6B-224px", "vicuna-7b-v1.5"
+    config = ChatConfig(
+        VISION[vision],
+        LANGUAGES[language].config,
+        tile_size=336,
+        downsample=1.0,
+        feature_layer=-4,
+        template="v1",
+        dynamic_tiles=False,
+        thumbnail=False,
+        max_tiles=1,
+        pad_to_square=True,
+        crop=True,
+        connector_norm=False,
+        image_marks=False,
+    )
+    small = Release("InternVL-Chat-ViT-6B-Vicuna-7B", config, vision, language, "", None, 2048)
+    sharp: dict[str, Any] = {"vision": "InternViT-6B-448px-V1-0", "tile_size": 448}
+    large = _differ(small, "InternVL-Chat-ViT-6B-Vicuna-13B", language="vicuna-13b-v1.5")
+    yield from (small, large)
+    yield _differ(small, "InternVL-Chat-ViT-6B-Vicuna-7B-448px", **sharp, on_hub=False)
+    yield _differ(large, "InternVL-Chat-ViT-6B-Vicuna-13B-448px", **sharp)
+    asked: dict[str, Any] = {"queries": DUAL["InternVL-14B-224px"], "on_hub": False}
+    for base, size in ((small, "7B"), (large, "13B")):
+        for side in (224, 336):
+            # The paper shows scores of a 7B at 224 px alone, and says nothing of padding.
+            silent = ("pad_to_square",)
+            yield _differ(base, f"InternVL-Chat-QLLaMA-Vicuna-{size}-{side}px", tile_size=side, assumed=silent, **asked)
 
 
 def _first_releases() -> Iterator[Release]:
@@ -207,7 +224,8 @@ def _generation_2_5(v2: Release) -> Iterator[Release]:
 
 
 def _all() -> dict[str, Release]:
-    rows = {release.name: release for release in _first_releases()}
+    rows = {release.name: release for release in _generation_1_0()}
+    rows |= {release.name: release for release in _first_releases()}
     rows |= {release.name: release for release in _generation_1_5(rows["InternVL-Chat-V1-2"])}
     rows |= {release.name: release for release in _generation_2(rows["Mini-InternVL-Chat-2B-V1-5"])}
     rows |= {release.name: release for release in _generation_2_5(rows["InternVL2-2B"])}

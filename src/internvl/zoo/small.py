@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from internvl.config import ChatConfig, LanguageConfig, VisionConfig
+from internvl.config import ChatConfig, DualConfig, LanguageConfig, VisionConfig
 
 VIT_TINY = VisionConfig(width=64, depth=3, heads=4, mlp_width=112, image_size=56)
 """InternViT-300M in small: LayerNorm and qkv bias."""
@@ -84,6 +84,38 @@ SMOLLM2_135M = LanguageConfig(
 """SmolLM2-135M-Instruct: 49,152 tokens and the nine special ones; the output head shares the embedding."""
 
 
+DUAL_TINY = DualConfig(
+    VIT_TINY_6B,
+    replace(LLAMA_TINY, settings={**LLAMA_TINY.settings, "num_hidden_layers": 4}),
+    num_queries=5,
+    embed_width=24,
+    pool_heads=4,
+)
+"""InternVL-G in small."""
+
+VIT_TINY_1_0 = replace(VIT_TINY_6B, depth=5)
+"""Of the tiny chat models of 1.0, which tap the fourth hidden state from the last: here that of block 2."""
+
+
+def _tiny_1_0(queries: DualConfig | None = None) -> ChatConfig:
+    return ChatConfig(
+        VIT_TINY_1_0,
+        LLAMA_TINY,
+        tile_size=56,
+        downsample=1.0,
+        feature_layer=-4,
+        template="v1",
+        dynamic_tiles=False,
+        thumbnail=False,
+        max_tiles=1,
+        pad_to_square=True,
+        crop=True,
+        connector_norm=False,
+        image_marks=False,
+        queries=queries,
+    )
+
+
 def _tiny(language: LanguageConfig, vision: VisionConfig = VIT_TINY) -> ChatConfig:
     return ChatConfig(vision, language, tile_size=56)
 
@@ -101,5 +133,14 @@ CHAT: dict[str, ChatConfig] = {
     "tiny-internlm2": _tiny(INTERNLM2_TINY),
     "tiny-6b-llama": _tiny(LLAMA_TINY, VIT_TINY_6B),
     "tiny-6b-qwen2": _tiny(QWEN2_TINY, VIT_TINY_6B),
+    "tiny-1.0": _tiny_1_0(),
+    # QLLaMA is wider than the encoder here, as in the release: a swap of the two shows.
+    "tiny-1.0-qllama": _tiny_1_0(
+        replace(
+            DUAL_TINY,
+            vision=VIT_TINY_1_0,
+            language=replace(LLAMA_TINY, settings={**DUAL_TINY.language.settings, "hidden_size": 80}),
+        )
+    ),
 }
 """Names that open by themselves: `pocket` from packaged weights, the others with random ones."""

@@ -7,7 +7,20 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 
-from internvl.train.recipes import mini, pocket, pocket_dual, tiny, tiny_text, v1_0, v1_1, v1_2, v1_5, v2_0, v2_5
+from internvl.train.recipes import (
+    mini,
+    pocket,
+    pocket_dual,
+    tiny,
+    tiny_text,
+    v1_0,
+    v1_0_chat,
+    v1_1,
+    v1_2,
+    v1_5,
+    v2_0,
+    v2_5,
+)
 from internvl.train.recipes.official import Family
 from internvl.train.run import RunConfig
 
@@ -19,6 +32,8 @@ class Recipe:
     """Makes the model folder or records that the recipe names, when they are not there."""
     release: str = ""
     """The release whose shape it trains; `pocket` or tiny where there is none."""
+    like: str = ""
+    """Without a release: the name of the zoo in whose shape it runs dry; `pocket` where there is none."""
     family: str = ""
     """Name without the size, of a recipe for several sizes."""
 
@@ -30,7 +45,9 @@ class Recipe:
 
 def _of(families: Sequence[Family]) -> dict[str, Recipe]:
     return {
-        family.recipe(size): Recipe(partial(family.make, size), partial(family.prepare, size), release, family.name)
+        family.recipe(size): Recipe(
+            partial(family.make, size), partial(family.prepare, size), release, family=family.name
+        )
         for family in families
         for size, release in family.releases.items()
     }
@@ -42,6 +59,7 @@ GROUPS: dict[str, dict[str, Recipe]] = {
         "tiny_text": Recipe(tiny_text.tiny_text, tiny_text.prepare),
         "tiny_contrastive": Recipe(v1_0.tiny_contrastive, v1_0.prepare_tiny),
         "tiny_generative": Recipe(v1_0.tiny_generative, v1_0.prepare_tiny),
+        "tiny_chat_qllama": Recipe(v1_0_chat.tiny_chat_qllama, v1_0_chat.prepare_tiny, like="tiny-1.0-qllama"),
         "pocket_align_connector": Recipe(pocket.pocket_align_connector, pocket.prepare),
         "pocket_align": Recipe(pocket.pocket_align, pocket.prepare),
         "pocket_connector": Recipe(pocket.pocket_connector, pocket.prepare),
@@ -52,11 +70,13 @@ GROUPS: dict[str, dict[str, Recipe]] = {
         "pocket_dual_text": Recipe(pocket_dual.pocket_dual_text, pocket_dual.prepare),
         "pocket_dual_contrastive": Recipe(pocket_dual.pocket_dual_contrastive, pocket_dual.prepare),
         "pocket_dual_generative": Recipe(pocket_dual.pocket_dual_generative, pocket_dual.prepare),
+        "pocket_dual_chat": Recipe(v1_0_chat.pocket_dual_chat, v1_0_chat.prepare_pocket, like="tiny-1.0-qllama"),
     },
     "InternVL 1.0": {
         "v1_0_contrastive": Recipe(v1_0.v1_0_contrastive, v1_0.prepare),
         "v1_0_contrastive_224": Recipe(v1_0.v1_0_contrastive_224, v1_0.prepare),
         "v1_0_generative": Recipe(v1_0.v1_0_generative, v1_0.prepare),
+        **_of(v1_0_chat.FAMILIES),
     },
     "InternVL-Chat 1.1": _of(v1_1.FAMILIES),
     "InternVL-Chat 1.2": _of(v1_2.FAMILIES),

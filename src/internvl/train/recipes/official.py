@@ -17,6 +17,8 @@ from internvl.zoo import RELEASED
 MICRO = 4
 """Samples in a micro-batch, ours: memory only, the loss is weighted over all of a step."""
 HUB = {
+    "vicuna-7b-v1.5": "lmsys/vicuna-7b-v1.5",
+    "vicuna-13b-v1.5": "lmsys/vicuna-13b-v1.5",
     "internlm2-chat-1_8b": "internlm/internlm2-chat-1_8b",
     "internlm2_5-1_8b-chat": "internlm/internlm2_5-1_8b-chat",
     "internlm2_5-7b-chat": "internlm/internlm2_5-7b-chat",
@@ -65,11 +67,13 @@ class Family:
         row = RELEASED[self.releases[size]]
         if row.language not in HUB:
             return f"internvl compose {target}, from folders of {row.vision} and {row.language} (never released)"
-        vision = self.vision.get(size, row.vision)
+        vision = self.vision.get(size, "InternVL-14B-224px" if row.config.queries else row.vision)
         command = (
             f"internvl compose {target} --vision {vision} --language {HUB[row.language].split('/')[1]} "
             f"--template {row.config.template} (folders of OpenGVLab/{vision} and {HUB[row.language]})"
         )
+        if not row.config.image_marks:
+            return command.replace(" --template", f" --form 1.0 --tile-size {row.config.tile_size} --template")
         unlike = {} if row.config.dynamic_tiles else {"ps_version": "v1", "dynamic_image_size": "false"}
         more = ", ".join(f"{key} {value}" for key, value in unlike.items())
         return command + (f"; then set in its config.json: {more}" if more else "")

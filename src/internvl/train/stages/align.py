@@ -51,7 +51,7 @@ class Align(PictureStage[Cells]):
     def __init__(self, run: RunConfig, model: ChatModel, tokenizer: Any, sets: Sequence[DataSet]) -> None:
         super().__init__(run, model, tokenizer)
         self.sets = sets
-        self.side = math.isqrt(model.config.tokens_per_tile)
+        self.side = math.isqrt(model.config.patch_tokens)
         self.store: features.MemoryStore | None = None
         self.known: dict[tuple[int, int], Picture] = {}
         self.spelled: dict[str, list[int]] = {}
@@ -98,7 +98,7 @@ class Align(PictureStage[Cells]):
         if run.compile:
             for block in self.model.vision.layers:
                 block.compile()
-        self.store = features.open_store(run, self.model.config, self.model.vision, self._features, device)
+        self.store = features.open_store(run, self.model.config, self.model.eyes, self._features, device)
         return learner
 
     def num_pictures(self) -> int:
@@ -118,7 +118,8 @@ class Align(PictureStage[Cells]):
     def losses(self, prepared: Cells) -> dict[str, Float[Tensor, ""]]:
         """Cross-entropy over all words, distance to the right ones, squared log-ratio of norms, squares of waves."""
         seen = self._seen(prepared)
-        said = self.model.connector(seen).flatten(0, 1)[prepared.tokens].float()
+        patches = self.model.connector(seen)[:, self.model.config.num_queries :]
+        said = patches.flatten(0, 1)[prepared.tokens].float()
         cosines = (F.normalize(said, dim=-1) @ F.normalize(self.table, dim=-1).T).float()
         likely = F.log_softmax(SHARPNESS * cosines, dim=-1)
         names = -(prepared.share * likely[prepared.cell, prepared.word]).sum()
@@ -157,9 +158,7 @@ class Align(PictureStage[Cells]):
         return torch.stack([self.store.get(name) for name in batch.digests]).to(self.table.device)
 
     def _features(self, tiles: Tensor) -> Float[Tensor, "tiles patches width"]:
-        config = self.model.config
-        states: Tensor = self.model.vision(normalise(tiles, config.normalize), config.feature_layer)
-        return states[:, 1:]
+        return self.model.look(normalise(tiles, self.model.config.normalize))
 
     def _picture(self, number: int, position: int) -> Picture:
         known = self.known.get((number, position))

@@ -28,6 +28,7 @@ from internvl.tokens import SPECIAL_TOKENS, token_id
 from internvl.train import cost, features, losses, trainable
 from internvl.train.export import export_chat
 from internvl.train.run import RunConfig
+from internvl.train.settings import Data
 
 LOSS = "next_token"
 HEAD_CHUNK = 2048
@@ -75,14 +76,14 @@ class Sft:
 
     def begin(self, run: RunConfig, device: torch.device) -> trainable.Learner:
         self.model.to(device)
-        rows = [token_id(self.tokenizer, token) for token in SPECIAL_TOKENS]
+        rows = [token_id(self.tokenizer, token) for token in SPECIAL_TOKENS] if run.tokens.learn else []
         learner = trainable.choose(self.model, run, rows)
         if run.grad_checkpoint:
             self.model.checkpoint()
         if run.compile:
             for block in (*self.model.vision.layers, *self.model.language.model.model.layers):
                 block.compile()
-        self.store = features.open_store(run, self.model.config, self.model.vision, self._features, device)
+        self.store = features.open_store(run, self.model.config, self.model.eyes, self._features, device)
         return learner
 
     def batches(self) -> Generator[ChatBatch | None, None, None]:
@@ -201,10 +202,8 @@ class Sft:
         return out[: len(tiles)]
 
     def _features(self, tiles: Tensor) -> Float[Tensor, "tiles patches width"]:
-        """What the connector reads: the tapped block without the class token."""
-        config = self.model.config
-        states: Tensor = self.model.vision(normalise(tiles, config.normalize), config.feature_layer)
-        return states[:, 1:]
+        """What the connector reads."""
+        return self.model.look(normalise(tiles, self.model.config.normalize))
 
 
 def by_set(batch: ChatBatch, positions: Int[Tensor, " learned"]) -> dict[str, Int[Tensor, " some"]]:
@@ -257,7 +256,7 @@ def open_loader(run: RunConfig, tokenizer: Any, config: ChatConfig, path: str, l
     data = run.data
     if not path:
         raise ValueError("data.meta is not given; set --data.meta to a meta JSON or a JSONL file")
-    config = config if data.max_tiles is None else replace(config, max_tiles=data.max_tiles)
+    config = prompted(config, data)
     sets = read_sets(path)
     if learning and data.shares == "sqrt":
         sets = by_square_root(sets)
@@ -294,3 +293,11 @@ def open_loader(run: RunConfig, tokenizer: Any, config: ChatConfig, path: str, l
         max_rejected=data.max_rejected,
         quarantine=Path(run.out) / "quarantine.jsonl" if learning and data.on_error == "quarantine" else None,
     )
+
+
+def prompted(config: ChatConfig, data: Data) -> ChatConfig:
+    """What the data of a run say otherwise than the model; another template comes with its own system text."""
+    if data.template is not None:
+        config = replace(config, template=data.template, system_message=None)
+    given: dict[str, Any] = {"max_tiles": data.max_tiles, "pad_to_square": data.pad_to_square}
+    return replace(config, **{name: value for name, value in given.items() if value is not None})
