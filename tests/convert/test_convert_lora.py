@@ -312,5 +312,5 @@ def test_root_scaling_is_read(tmp_path: Path) -> None:
 
 
 def test_models_of_random_weights_take_no_adapters(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="neither adapters nor a device map"):
+    with pytest.raises(ValueError, match="takes no adapters, device map or vision tower"):
         load_checkpoint("tiny-llama", adapters=adapter(tmp_path))

@@ -20,9 +20,11 @@ from internvl.train.stage import Stage
 from internvl.zoo import CHAT, DUAL, RELEASED, VIT_TINY, VIT_TINY_6B
 
 STEPS = 2
-STAGES = ("sft", "align", "distill")
-"""That learn from chat records; those of InternVL 1.0 have tiny recipes of their own."""
-MOST_SAMPLES, MOST_ACCUMULATED = 4, 2
+DUAL_STAGES = ("text", "contrastive", "generative")
+"""That learn from pairs or texts, on InternVL-C and -G; the others learn from chat records."""
+MOST_SAMPLES, MOST_PAIRS, MOST_ACCUMULATED = 4, 8, 2
+PATCHES_PX = 56
+"""Of a tiny picture's four patches a side, as InternViT's sixteen take 224 px."""
 
 
 @dataclass(frozen=True)
@@ -115,26 +117,43 @@ def shrink(run: RunConfig, model: str, records: Path, out: Path) -> RunConfig:
     )
 
 
+def shrink_dual(run: RunConfig, folder: Path) -> RunConfig:
+    """The same for a run over pairs or texts, on `tiny-dual` and colours, which are written where they are missing."""
+    from internvl.train.recipes import tiny_text, v1_0
+
+    model, teacher = folder / "tiny-dual", folder / "teacher"
+    records = folder / "records" / ("texts.jsonl" if run.stage == "text" else "pairs.jsonl")
+    if not model.is_dir():
+        v1_0.write_tiny_model(model)
+    if run.stage == "text" and not teacher.is_dir():
+        tiny_text.write_tiny_teacher(teacher)
+    if not records.is_file():
+        (tiny_text.write_tiny_texts if run.stage == "text" else v1_0.write_tiny_pairs)(records)
+    small = shrink(run, str(model), records, folder / "out")
+    pairs = replace(run.pairs, output_head="")  # the tiny model has one
+    if pairs.side is not None:
+        pairs = replace(pairs, side=VIT_TINY.patch_size * (pairs.side // PATCHES_PX))
+    return replace(
+        small,
+        data=replace(small.data, batch_samples=MOST_PAIRS),
+        pairs=pairs,
+        text=replace(run.text, teacher=str(teacher) if run.stage == "text" else run.text.teacher),
+    )
+
+
 def dry_run(run: RunConfig, release: str, folder: Path) -> Dry:
     """Two steps and the export, in `folder`, whose model and records are taken where they are there already.
 
-    The shape is that of `release`, or of a name such as pocket.
+    The shape is that of `release`, or of a name such as pocket; stages on InternVL-C and -G take `tiny-dual`.
     """
     from internvl.train.checkpoint import replace_text
     from internvl.train.loop import Trainer
     from internvl.train.stages import open_stage
 
-    if run.stage not in STAGES:
-        raise ValueError(f"stage {run.stage!r} has no dry run; take its tiny recipe of `internvl train --list`")
-    config = tiny_like(RELEASED[release].config if release in RELEASED else CHAT[release or "pocket"])
-    name = f"{config.language.family}-{'6b' if config.vision.qk_norm else '300m'}-{config.template}"
-    name += f"{config.feature_layer}-{config.pixel_shuffle}-{config.tokens_per_tile}"
-    model, records = folder / name, folder / "records" / "records.jsonl"
-    if not model.is_dir():
-        write_model(model, config)
-    if not records.is_file():
-        write_records(records)
-    small = shrink(run, str(model), records, folder / "out")
+    if run.stage in DUAL_STAGES:
+        name, small = "dual", shrink_dual(run, folder)
+    else:
+        name, small = _shrink_chat(run, release, folder)
     replace_text(folder / "out" / "run.json", json.dumps(to_json(small), indent=2) + "\n")
     stage: Stage = open_stage(small)
     seen = Quiet()
@@ -147,6 +166,18 @@ def dry_run(run: RunConfig, release: str, folder: Path) -> Dry:
     return Dry(
         f"tiny-{name}", trainer.step, seen.losses, seen.norm, list(dict.fromkeys(groups)), differences(run, small)
     )
+
+
+def _shrink_chat(run: RunConfig, release: str, folder: Path) -> tuple[str, RunConfig]:
+    config = tiny_like(RELEASED[release].config if release in RELEASED else CHAT[release or "pocket"])
+    name = f"{config.language.family}-{'6b' if config.vision.qk_norm else '300m'}-{config.template}"
+    name += f"{config.feature_layer}-{config.pixel_shuffle}-{config.tokens_per_tile}"
+    model, records = folder / name, folder / "records" / "records.jsonl"
+    if not model.is_dir():
+        write_model(model, config)
+    if not records.is_file():
+        write_records(records)
+    return name, shrink(run, str(model), records, folder / "out")
 
 
 class Quiet(Reporter):

@@ -177,25 +177,6 @@ def prepare_tiny(run: RunConfig) -> None:
             write_tiny_pairs(Path(path), change)
 
 
-def shrunk(run: RunConfig, folder: Path) -> RunConfig:
-    """Two steps of a run over pairs, on a tiny model and pictures below `folder`: sizes change, settings stay."""
-    if not (folder / "model").is_dir():
-        write_tiny_model(folder / "model", run.seed)
-        write_tiny_pairs(folder / "pairs.jsonl")
-    data = replace(run.data, meta=str(folder / "pairs.jsonl"), held_out="", batch_samples=8, workers=0)
-    side = None if run.pairs.side is None else 14 * (run.pairs.side // 56)  # four patches a side for sixteen
-    return replace(
-        run,
-        out=str(folder / "run"),
-        model=str(folder / "model"),
-        data=data,
-        schedule=Schedule(steps=2, warmup_steps=min(1, run.schedule.warmup_steps or 0)),
-        log_every=1,
-        device="cpu",
-        pairs=replace(run.pairs, side=side),
-    )
-
-
 def write_tiny_model(folder: Path, seed: int = 0) -> None:
     """`tiny-dual` with a tokenizer of bytes, in the official layout."""
     from internvl.load_dual import save_dual
