@@ -33,10 +33,11 @@ from rich.table import Table
 
 from internvl.batch import ChatBatch
 from internvl.data.collate import collate, collate_packed
-from internvl.data.encode import Encoder, Sample
+from internvl.data.encode import Encoder
 from internvl.data.images import normalise
 from internvl.data.mixture import Mixture, read_sets
 from internvl.data.packing import Packing, Room, simulate
+from internvl.data.sample import Sample
 from internvl.load import load_checkpoint, read_tokenizer, save_checkpoint
 from internvl.locate import locate
 from internvl.models.build import build

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from internvl.cli import main
 from internvl.convert.files import Weights
 from internvl.convert.official import CHAT_FIELDS
-from internvl.data.templates import TEMPLATES, chat_template
+from internvl.data.jinja import chat_template
+from internvl.data.templates import TEMPLATES
 from internvl.doctor.checks import CHECKS, diagnose
 from internvl.doctor.folder import Finding, read_folder
 from internvl.doctor.machine import examine

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from internvl.convert.official import to_official
+from internvl.data.jinja import chat_template
 from internvl.data.packaged import vision
 from internvl.data.packaged.language import SmolFile
-from internvl.data.templates import chat_template
 from internvl.fetch import cache_folder, find, locked
 from internvl.tokens import SPECIAL_TOKENS
 from internvl.zoo import CHAT

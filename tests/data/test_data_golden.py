@@ -18,8 +18,9 @@ from tokenizers import Tokenizer, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from internvl.data.collate import collate, collate_packed
-from internvl.data.encode import Encoder, Sample
+from internvl.data.encode import Encoder
 from internvl.data.images import normalise, open_image, pad_to_square
+from internvl.data.sample import Sample
 from internvl.data.templates import TEMPLATES, render, turns_of
 from internvl.data.tiling import choose_grid, count_tiles, cut, single, tile
 from internvl.data.weighting import weight_of

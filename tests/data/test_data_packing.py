@@ -18,10 +18,11 @@ from test_data_loader import same, write_set
 from internvl.batch import ChatBatch
 from internvl.data.batching import BatchSettings
 from internvl.data.collate import collate_packed
-from internvl.data.encode import Encoder, Sample
+from internvl.data.encode import Encoder
 from internvl.data.loader import Loader
 from internvl.data.mixture import DataSet
 from internvl.data.packing import Packer, Packing, Room, Row, deal, simulate
+from internvl.data.sample import Sample
 from internvl.data.splitting import Layout, Segment, Span, own_cut
 from internvl.tokens import IGNORE_INDEX
 from reference import golden

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import internvl
-from internvl.data.templates import TEMPLATES, Turn, chat_template, find_template, layout, media_of, render, turns_of
+from internvl.data.jinja import chat_template
+from internvl.data.templates import TEMPLATES, Turn, find_template, layout, media_of, render, turns_of
 
 text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 turns = st.lists(st.tuples(text, text), min_size=1, max_size=3).map(

@@ -18,7 +18,7 @@ from tiny_stage import IMAGE_ID, VOCAB, sample
 
 from internvl.batch import ChatBatch, Company
 from internvl.data.collate import collate, collate_packed
-from internvl.data.encode import Sample
+from internvl.data.sample import Sample
 from internvl.data.weighting import Weighting
 from internvl.models.attention import _varlen, attend
 from internvl.parallel import collectives

@@ -16,7 +16,7 @@ from jaxtyping import Int, UInt64
 from torch.utils.data import DataLoader, Dataset
 
 from internvl.data.duplicates import digest, digest_asked, repeated
-from internvl.data.encode import Encoder, Outline
+from internvl.data.encode import Encoder
 from internvl.data.findings import MOST_FINDINGS, Finding, Report, SetReport
 from internvl.data.images import header_size
 from internvl.data.loader import encoder_of
@@ -24,6 +24,7 @@ from internvl.data.measure import unchanged
 from internvl.data.mixture import DataSet
 from internvl.data.records import Record, load_line, parse_record, place_of, printable, reason_of
 from internvl.data.repetition import Bounds
+from internvl.data.sample import Outline
 
 _CHUNK = 256
 

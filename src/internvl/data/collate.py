@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from internvl.batch import ChatBatch
-from internvl.data.encode import Sample
+from internvl.data.sample import Sample
 from internvl.data.weighting import Weighting, weigh
 from internvl.tokens import IGNORE_INDEX
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int64, UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -22,62 +22,14 @@ from internvl.data.crop import middle
 from internvl.data.images import Limits, Source, compress, header_size, jpeg_augment, open_image, pad_to_square
 from internvl.data.media import FrameSettings, expand_video, probe, read_frames
 from internvl.data.records import Record, RecordError
-from internvl.data.splitting import Layout, Segment, Span
+from internvl.data.sample import Counts, Outline, Prompt, Sample
+from internvl.data.splitting import Layout, Span
 from internvl.data.templates import Piece, Template, Turn, find_template, layout, media_of, turns_of
 from internvl.data.tiling import count_tiles, cut, single
 from internvl.data.tokenise import Tokeniser, Tokens, expand, tokeniser_of
 from internvl.tokens import IGNORE_INDEX, IMAGE_MARK, VIDEO_MARK
 
 _MARKS = re.compile(f"{re.escape(IMAGE_MARK)}|{re.escape(VIDEO_MARK)}")
-
-
-class Sample(NamedTuple):
-    """An encoded record."""
-
-    input_ids: Int64[Tensor, " length"]
-    labels: Int64[Tensor, " length"]
-    tiles: UInt8[Tensor, "tiles 3 side side"]
-    source: str = ""
-    num_cut: int = 0
-    """Tokens that did not fit and were cut off the end."""
-
-    @property
-    def num_tiles(self) -> int:
-        return int(self.tiles.shape[0])
-
-    @property
-    def num_learned(self) -> int:
-        return int((self.labels != IGNORE_INDEX).sum())
-
-    def part(self, segment: Segment) -> Sample:
-        """The tokens and tiles of a segment; its first token is not learned, for nothing in the row predicts it."""
-        end, last_tile = segment.start + segment.tokens, segment.first_tile + segment.tiles
-        labels = self.labels[segment.start : end].clone()
-        labels[0] = IGNORE_INDEX
-        tiles = self.tiles[segment.first_tile : last_tile]
-        return Sample(self.input_ids[segment.start : end], labels, tiles, self.source, self.num_cut)
-
-
-class Prompt(NamedTuple):
-    """An encoded conversation, open for an answer."""
-
-    input_ids: Int64[Tensor, " length"]
-    tiles: UInt8[Tensor, "tiles 3 side side"]
-
-
-class Counts(NamedTuple):
-    tokens: int
-    tiles: int
-
-
-class Outline(NamedTuple):
-    """What `encode` makes of a record, from its text and the headers of its media alone."""
-
-    tokens: int
-    """Before anything is cut."""
-    tiles: int
-    learned: int
-    num_cut: int
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from torch.utils.data import Dataset
 from internvl.batch import ChatBatch
 from internvl.data.batching import BatchSettings
 from internvl.data.collate import collate, collate_packed
-from internvl.data.encode import Encoder, Sample
+from internvl.data.encode import Encoder
 from internvl.data.ledger import Rejection
 from internvl.data.mixture import Mixture
 from internvl.data.plans import Plan
 from internvl.data.records import RecordError, printable, reason_of
+from internvl.data.sample import Sample
 from internvl.data.splitting import Layout, Segment
 from internvl.tokens import IGNORE_INDEX
 

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from internvl.data.collate import collate
-from internvl.data.encode import Encoder, Prompt, Sample
+from internvl.data.encode import Encoder
 from internvl.data.images import normalise
 from internvl.data.records import Record
+from internvl.data.sample import Prompt, Sample
 from internvl.data.templates import Turn, render
 from internvl.evaluate.caption_loss import answer_losses
 from internvl.evaluate.run import Question
