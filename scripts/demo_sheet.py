@@ -32,7 +32,7 @@ def main(model: str = "pocket", out: str = "docs/images/demo.png") -> int:
         axis.set_axis_off()
         axis.set_title("\n".join(lines), loc="left", fontsize=10, y=-0.04, verticalalignment="top")
     figure.tight_layout(h_pad=7)
-    figure.savefig(ROOT / out, dpi=75)
+    figure.savefig(ROOT / out, dpi=75, bbox_inches="tight", pad_inches=0.15)
     return 0
 
 
