@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from internvl.config import ChatConfig, DualConfig, LanguageConfig, VisionConfig
+from internvl.config import FORM_1_0, ChatConfig, DualConfig, LanguageConfig, VisionConfig
 from internvl.convert import dual, native, official
 from internvl.convert.files import MAX_SHARD_BYTES, open_weights, read_json
 from internvl.convert.keys import check_keys, expand, matches
@@ -191,15 +191,7 @@ def _formed(parts: Parts, config: ChatConfig, brings_chat: ChatConfig | None, qu
         return config
     return replace(
         config,
-        downsample=1.0,
-        feature_layer=-4,
-        dynamic_tiles=False,
-        thumbnail=False,
-        max_tiles=1,
-        pad_to_square=True,
-        crop=True,
-        connector_norm=False,
-        image_marks=False,
+        **FORM_1_0,
         queries=queries,
     )
 

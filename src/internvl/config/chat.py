@@ -104,3 +104,17 @@ class ChatConfig:
     def num_parameters(self) -> int:
         """Numbers in the whole model, a tied head counted once."""
         return self.tower_parameters + self.connector_parameters + self.language.num_parameters
+
+
+FORM_1_0: Mapping[str, Any] = {
+    "downsample": 1.0,
+    "feature_layer": -4,
+    "dynamic_tiles": False,
+    "thumbnail": False,
+    "max_tiles": 1,
+    "pad_to_square": True,
+    "crop": True,
+    "connector_norm": False,
+    "image_marks": False,
+}
+"""Fields in which the chat models of 1.0 differ from every later one (official internvl_chat_llava)."""

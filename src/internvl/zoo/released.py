@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from internvl.config import ChatConfig
+from internvl.config import FORM_1_0, ChatConfig
 from internvl.zoo.dual import DUAL
 from internvl.zoo.languages import LANGUAGES
 from internvl.zoo.vision import VISION
@@ -67,16 +67,8 @@ def _generation_1_0() -> Iterator[Release]:
         VISION[vision],
         LANGUAGES[language].config,
         tile_size=336,
-        downsample=1.0,
-        feature_layer=-4,
         template="v1",
-        dynamic_tiles=False,
-        thumbnail=False,
-        max_tiles=1,
-        pad_to_square=True,
-        crop=True,
-        connector_norm=False,
-        image_marks=False,
+        **FORM_1_0,
     )
     small = Release("InternVL-Chat-ViT-6B-Vicuna-7B", config, vision, language, "", None, 2048)
     sharp: dict[str, Any] = {"vision": "InternViT-6B-448px-V1-0", "tile_size": 448}

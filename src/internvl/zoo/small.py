@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from internvl.config import ChatConfig, DualConfig, LanguageConfig, VisionConfig
+from internvl.config import FORM_1_0, ChatConfig, DualConfig, LanguageConfig, VisionConfig
 
 VIT_TINY = VisionConfig(width=64, depth=3, heads=4, mlp_width=112, image_size=56)
 """InternViT-300M in small: LayerNorm and qkv bias."""
@@ -102,16 +102,8 @@ def _tiny_1_0(queries: DualConfig | None = None) -> ChatConfig:
         VIT_TINY_1_0,
         LLAMA_TINY,
         tile_size=56,
-        downsample=1.0,
-        feature_layer=-4,
         template="v1",
-        dynamic_tiles=False,
-        thumbnail=False,
-        max_tiles=1,
-        pad_to_square=True,
-        crop=True,
-        connector_norm=False,
-        image_marks=False,
+        **FORM_1_0,
         queries=queries,
     )
 
