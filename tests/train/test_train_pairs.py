@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from dataclasses import replace
@@ -12,11 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_pairs import assert_alike, contrastive, generative, held_out, loss_and_gradients, write_inputs
 from torch import Tensor
 from torch.testing import assert_close
 
-from internvl.train.pieces import by_length, in_pieces
+from internvl.train.pieces import by_length, groups_of, in_pieces
 from internvl.train.run import from_json, to_json
 from internvl.train.settings import Pairs, Part
 from internvl.train.stages import open_stage
@@ -152,6 +155,21 @@ def test_two_ranks_equal_one(inputs: Path, tmp_path: Path) -> None:
         assert_alike({name: (ranks[0][1][name] + ranks[1][1][name]) / 2 for name in grads}, grads)
 
 
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=7).map(sorted), st.integers(0, 20))
+def test_groups_of_like_length_need_fewest_positions(lengths: list[int], call: int) -> None:
+    def cost(sizes: list[int]) -> int:
+        ends = list(itertools.accumulate(sizes))
+        return sum(size * lengths[end - 1] + call for size, end in zip(sizes, ends, strict=True))
+
+    between = range(1, len(lengths))
+    cuts = itertools.chain.from_iterable(itertools.combinations(between, n) for n in range(len(lengths)))
+    ways = [[b - a for a, b in itertools.pairwise((0, *cut, len(lengths)))] for cut in cuts]
+    found = groups_of(lengths, call)
+    assert sum(found) == len(lengths)
+    assert min(found) > 0
+    assert cost(found) == min(map(cost, ways))
+
+
 def test_rows_of_like_length_are_encoded_together() -> None:
     """The same vectors and gradients as all at once, at fewer positions."""
     model, generator = tiny_dual(), torch.Generator().manual_seed(3)
@@ -164,7 +182,7 @@ def test_rows_of_like_length_are_encoded_together() -> None:
         positions.append(ids.numel())
         return model.encode_text(ids, mask)
 
-    found, wanted = by_length(encode, ids, mask), model.encode_text(ids, mask)
+    found, wanted = by_length(encode, ids, mask, call=1), model.encode_text(ids, mask)
     assert_close(found, wanted, rtol=1e-4, atol=1e-6)
     assert sum(positions) < ids.numel() / 2
     weights = torch.randn(found.shape, generator=generator)
