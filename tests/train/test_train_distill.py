@@ -22,16 +22,19 @@ from internvl.data.stamp_classes import LEAST, on_white, read_classes, write_oth
 from internvl.evaluate.neighbours import nearest_accuracy
 from internvl.fetch import PACKAGES, cache_folder, find
 from internvl.load import load_checkpoint, save_checkpoint
+from internvl.load_dual import load_dual
 from internvl.models import efficientnet
 from internvl.train import log
 from internvl.train.dry import write_model, write_records
 from internvl.train.loop import train
 from internvl.train.losses import cosine_sum, relation_sum
+from internvl.train.recipes.v1_0 import write_tiny_model, write_tiny_pairs
 from internvl.train.run import RunConfig
 from internvl.train.settings import Data, Distill, Optimiser, Part, Schedule
 from internvl.train.stages import open_stage
 from internvl.train.stages.distill import pictures_of
 from internvl.train.teachers import last_states, open_teacher, pool_grid, resized
+from internvl.train.trainable import PROJECTIONS, groups
 from internvl.zoo import VIT_TINY_6B
 from tiny import tiny_chat_config, tiny_model
 
@@ -303,6 +306,72 @@ def test_a_fitted_projection_starts_better(inputs: Path, tmp_path: Path) -> None
         run_here(run)
         starts.append(log.read_metrics(out / "metrics.jsonl")[0]["loss"])
     assert starts[1] < 0.5 * starts[0]
+
+
+@pytest.fixture(scope="module")
+def dual_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """InternVL-G and the pictures of pairs."""
+    folder = tmp_path_factory.mktemp("dual")
+    write_tiny_model(folder / "student")
+    write_tiny_pairs(folder / "records" / "records.jsonl")
+    return folder
+
+
+@pytest.mark.parametrize("learn", ["full", "lora"])
+def test_the_encoder_of_internvl_g_is_a_student_too(dual_inputs: Path, tmp_path: Path, learn: Any) -> None:
+    distill = Distill("tiny-6b-llama", layers=2, relation=0.1, projection_lr_scale=0.5)
+    run = run_of(dual_inputs, tmp_path, distill, vision=Part(learn, dropout=0.0), schedule=Schedule(steps=30))
+    run = replace(run, data=replace(run.data, held_out=run.data.meta, held_out_samples=4))
+    stage = open_stage(run)
+    result = train(run, stage, evaluators=[stage.evaluate])
+    losses = [line for line in log.read_metrics(tmp_path / "metrics.jsonl") if "loss_cosine" in line]
+    assert result.metrics["held_out_loss"] < 0.8 * losses[0]["loss_cosine"]
+    before, after = (load_file(f / "model.safetensors") for f in (dual_inputs / "student", tmp_path / "model"))
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(name.startswith("vision_model.") for name in moved)
+    assert load_dual(tmp_path / "model").config == load_dual(dual_inputs / "student").config
+    scales = {g["part"]: g["lr_scale"] for g in groups(open_stage(run).begin(run, torch.device("cpu")))}
+    assert scales == {"vision": 1.0, PROJECTIONS: 0.5}
+
+
+def test_random_parts_of_pictures(inputs: Path, tmp_path: Path) -> None:
+    """One tile a picture, another part each epoch, the same for the same seed; cut and resumed: to the bit."""
+    distill = Distill("tiny-6b-llama", features="none", area=(0.2, 0.6))
+    records = tmp_path / "records" / "records.jsonl"
+    write_records(records)
+    data = Data(meta=str(records), batch_samples=2, max_tiles=1)
+    run = run_of(inputs, tmp_path / "whole", distill, schedule=Schedule(steps=6), data=data)
+    pictures = pictures_of(run.data.meta)
+    for path in pictures:
+        Image.effect_noise(Image.open(path).size, 50).convert("RGB").save(path)  # one colour has no parts
+    stages = [open_stage(run) for _ in range(2)]
+    first, again = ([next(batches).tiles for _ in range(6)] for batches in (stage.batches() for stage in stages))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    tiles = torch.cat(first)
+    assert len(tiles) == 2 * len(pictures)
+    assert len(torch.unique(tiles, dim=0)) == len(tiles)
+    run_here(run)
+    cut = replace(run, out=str(tmp_path / "cut"), save_every=4)
+    break_off(cut, 5)
+    run_here(cut)
+    expected = learned(tmp_path / "whole", 6)
+    assert all(torch.equal(value, expected[name]) for name, value in learned(tmp_path / "cut", 6).items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features": "memory"}, r"area is \(0.5, 1.0\), so no tile comes twice; set --distill.features none"),
+        ({"features": "none"}, r"area is \(0.5, 1.0\) but data.max_tiles 4; .* set --data.max_tiles 1"),
+        ({"features": "none", "area": (0.0, 1.0)}, r"area is \(0.0, 1.0\); it must be two shares"),
+        ({"features": "none", "area": (0.9, 0.5)}, r"area is \(0.9, 0.5\); it must be two shares"),
+    ],
+)
+def test_parts_that_cannot_be(inputs: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    distill = Distill("tiny-6b-llama", **{"area": (0.5, 1.0), **changes})
+    with pytest.raises(ValueError, match=message):
+        open_stage(run_of(inputs, tmp_path, distill))
 
 
 def test_bad_settings(inputs: Path, tmp_path: Path) -> None:

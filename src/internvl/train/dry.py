@@ -150,7 +150,7 @@ def dry_run(run: RunConfig, release: str, folder: Path) -> Dry:
     from internvl.train.loop import Trainer
     from internvl.train.stages import open_stage
 
-    if run.stage in DUAL_STAGES:
+    if run.stage in DUAL_STAGES or release in DUAL:
         name, small = "dual", shrink_dual(run, folder)
     else:
         name, small = _shrink_chat(run, release, folder)

@@ -17,7 +17,7 @@ from internvl.models.build import build_dual
 from internvl.models.contrastive import DualModel
 from internvl.train.export import cast, merge_exactly
 from internvl.train.run import RunConfig
-from internvl.train.trainable import Learner, adapt, set_dtypes
+from internvl.train.trainable import PROJECTIONS, Learner, adapt, set_dtypes
 
 _BLOCK = re.compile(r"(?:vision|qllama)\.layers\.(\d+)\.")
 
@@ -41,7 +41,7 @@ class DualLearner(Learner[DualModel]):
     """A dual model and the parameters of it that learn."""
 
     def part_of(self, name: str) -> str:
-        return part_of(name)
+        return PROJECTIONS if name.startswith(f"{PROJECTIONS}.") else part_of(name)
 
     def train_mode(self) -> None:
         """Drop path and the dropout of adapters where something learns."""

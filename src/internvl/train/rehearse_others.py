@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from internvl.batch import PairBatch
 from internvl.config import ChatConfig, DualConfig
 from internvl.models.build import build, build_dual
+from internvl.models.chat import ChatModel
 from internvl.models.contrastive import DualModel
 from internvl.models.internvit import InternViT
 from internvl.train import trainable
@@ -26,6 +27,7 @@ from internvl.train.stages.contrastive import Contrastive
 from internvl.train.stages.distill import DistillStage, Tiles, projection
 from internvl.train.stages.generative import Generative
 from internvl.train.stages.pairs import PairStage
+from internvl.train.students import Student
 from internvl.train.teachers import Teacher, last_states, pool_grid
 from internvl.train.weightless import Numbers, weightless
 
@@ -109,21 +111,23 @@ class _Placing(Blank, Align):
 
 
 def rehearse_distill(
-    run: RunConfig, config: ChatConfig, teacher: Teacher, num_tiles: int, device: str = "cuda"
+    run: RunConfig, config: ChatConfig | DualConfig, teacher: Teacher, num_tiles: int, device: str = "cuda"
 ) -> Memory:
     """Memory of a step of distillation over so many tiles: student, its projections, the teacher beside."""
-    model = build(plain(config), device="meta")
-    learner = trainable.choose(model, run)
-    model.vision.checkpointing = run.grad_checkpoint
+    model: ChatModel | DualModel
+    model = build(plain(config), device="meta") if isinstance(config, ChatConfig) else build_dual(config, device="meta")
+    student = Student(model)
+    learner = student.choose(run)
+    student.vision.checkpointing = run.grad_checkpoint
     with torch.device("meta"):
         behind = nn.ModuleList(
-            projection(config.vision.width, teacher.width, run.distill.projection) for _ in range(run.distill.layers)
+            projection(student.width, teacher.width, run.distill.projection) for _ in range(run.distill.layers)
         )
     with weightless(model, behind, teacher.module):
         learned = learned_of(model)
         replace(learner, parameters=learned).train_mode()
-        stage = _Student(run, model, teacher, list(behind))
-        tiles = torch.empty(num_tiles, 3, config.tile_size, config.tile_size, dtype=torch.uint8)
+        stage = _Student(run, student, teacher, list(behind))
+        tiles = torch.empty(num_tiles, 3, student.side, student.side, dtype=torch.uint8)
         batch = Tiles(tiles, ())
         with Numbers():
             return alive(
@@ -140,10 +144,10 @@ def rehearse_distill(
 class _Student(DistillStage):
     """The stage without pictures."""
 
-    def __init__(self, run: RunConfig, model: Any, teacher: Teacher, behind: list[nn.Module]) -> None:
-        self.run, self.model, self.teacher, self.settings = run, model, teacher, run.distill
+    def __init__(self, run: RunConfig, student: Student, teacher: Teacher, behind: list[nn.Module]) -> None:
+        self.run, self.student, self.teacher, self.settings = run, student, teacher, run.distill
         self.coefficients = self.factors(run)
-        self.side = min(self.grid, teacher.grid)
+        self.side = min(student.grid, teacher.grid)
         self.projections, self.mean = behind, None
 
     def _target(self, batch: Tiles) -> Float[Tensor, "tiles states positions width"]:

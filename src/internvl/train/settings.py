@@ -173,6 +173,8 @@ class Distill:
     """Where they are kept on disk; inside the run's folder when empty."""
     flip: bool = False
     """Every other time a tile is seen mirrored; both views are kept."""
+    area: tuple[float, float] = (1.0, 1.0)
+    """Share of a picture that its one tile shows, drawn between these; less than all needs features "none"."""
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ GROUPS: dict[str, dict[str, Recipe]] = {
         "pocket_connector_cpu": Recipe(pocket.pocket_connector_cpu, pocket.prepare),
         "pocket_sft_cpu": Recipe(pocket.pocket_sft_cpu, pocket.prepare),
         "pocket_distill": Recipe(pocket.pocket_distill, pocket.prepare),
+        "pocket_dual_distill": Recipe(pocket_dual.pocket_dual_distill, pocket_dual.prepare, like="tiny-dual"),
         "pocket_dual_text": Recipe(pocket_dual.pocket_dual_text, pocket_dual.prepare),
         "pocket_dual_contrastive": Recipe(pocket_dual.pocket_dual_contrastive, pocket_dual.prepare),
         "pocket_dual_generative": Recipe(pocket_dual.pocket_dual_generative, pocket_dual.prepare),

@@ -28,8 +28,10 @@ from internvl.load import load_checkpoint
 from internvl.models.chat import ChatModel
 from internvl.train import features, trainable
 from internvl.train.cells import WAVES, Cells, Picture, cells_under, place_waves
+from internvl.train.export import export_chat
 from internvl.train.run import RunConfig
 from internvl.train.stages.pictures import PictureStage
+from internvl.train.trainable import Learner
 
 NAMES, NEAR, NORM, PLACES = "names", "near", "norm", "places"
 SHARPNESS = 50.0
@@ -49,8 +51,8 @@ class Align(PictureStage[Cells]):
     coefficients: Mapping[str, float] = {NAMES: 1.0, NEAR: 0.5, NORM: 0.1, PLACES: 0.2}
 
     def __init__(self, run: RunConfig, model: ChatModel, tokenizer: Any, sets: Sequence[DataSet]) -> None:
-        super().__init__(run, model, tokenizer)
-        self.sets = sets
+        super().__init__(run)
+        self.model, self.tokenizer, self.sets = model, tokenizer, sets
         self.side = math.isqrt(model.config.patch_tokens)
         self.store: features.MemoryStore | None = None
         self.known: dict[tuple[int, int], Picture] = {}
@@ -207,6 +209,9 @@ class Align(PictureStage[Cells]):
             torch.tensor([box for _, box in placed], dtype=torch.float32).reshape(-1, 4) / 1000,
             tuple(picture.source for picture in pictures),
         )
+
+    def export(self, learner: Learner[Any], out: Path) -> None:
+        export_chat(learner, self.tokenizer, out)
 
 
 def open_align(run: RunConfig) -> Align:

@@ -1,4 +1,4 @@
-"""From a large vision encoder to the vision part of a chat model: cosine of hidden states (paper Mini-InternVL, 3.1).
+"""From a large vision encoder to that of a chat model or InternVL-C/-G: cosine of states (paper Mini-InternVL, 3.1).
 
 The paper gives neither its K layers nor how 3,200 channels meet 1,024: both are settings here, with a learned
 projection that is thrown away (docs/distillation.md). Teachers are teachers.py's.
@@ -18,20 +18,19 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from internvl.config import ChatConfig
-from internvl.data.images import normalise, open_image
+from internvl.data.crop import random_crop
+from internvl.data.images import open_image
 from internvl.data.mixture import read_sets
-from internvl.data.tiling import cut, single
-from internvl.load import load_checkpoint
-from internvl.models.chat import ChatModel
 from internvl.train import features, trainable
 from internvl.train.losses import cosine_sum, relation_sum
 from internvl.train.run import RunConfig
 from internvl.train.settings import Distill
 from internvl.train.stages.pictures import PictureStage
+from internvl.train.students import Student, open_student
 from internvl.train.teachers import Teacher, last_states, open_teacher, pool_grid
 
 LOSS, RELATION = "cosine", "relation"
+WHOLE = (1.0, 1.0)
 RIDGE = 0.01
 """Of the fitted projection, in mean squares of the student's channels."""
 
@@ -91,13 +90,14 @@ def _ridge(linear: nn.Linear, x: Float[Tensor, "rows dim"], y: Float[Tensor, "ro
 class DistillStage(PictureStage[Tiles]):
     """The student follows the teacher on every tile."""
 
-    def __init__(self, run: RunConfig, model: ChatModel, tokenizer: Any, teacher: Teacher) -> None:
-        super().__init__(run, model, tokenizer)
+    def __init__(self, run: RunConfig, student: Student, teacher: Teacher) -> None:
+        super().__init__(run)
+        self.student, self.model = student, student.model
         self.coefficients: Mapping[str, float] = self.factors(run)
         self.teacher = teacher
         self.settings: Distill = run.distill
         self.pictures = pictures_of(run.data.meta)
-        self.side = min(self.grid, teacher.grid)
+        self.side = min(student.grid, teacher.grid)
         """Of the grid on which both are compared: the coarser one."""
         self.store: features.MemoryStore | None = None
         self.projections: list[nn.Module] = []
@@ -108,15 +108,6 @@ class DistillStage(PictureStage[Tiles]):
         """Of the losses that a run has."""
         relation = run.distill.relation
         return {LOSS: 1.0} | ({RELATION: relation} if relation else {})
-
-    @property
-    def config(self) -> ChatConfig:
-        most = self.run.data.max_tiles
-        return self.model.config if most is None else replace(self.model.config, max_tiles=most)
-
-    @property
-    def grid(self) -> int:
-        return self.model.config.tile_size // self.model.config.vision.patch_size
 
     @cached_property
     def held_out(self) -> list[str]:
@@ -131,15 +122,16 @@ class DistillStage(PictureStage[Tiles]):
             )
         self.model.to(device)
         self.teacher.module.to(device)
-        learner = trainable.choose(self.model, run)
+        learner = self.student.choose(run)
         if run.grad_checkpoint:
-            self.model.vision.checkpointing = True
+            self.student.vision.checkpointing = True
         if run.compile:
-            for block in self.model.vision.layers:
+            for block in self.student.vision.layers:
                 block.compile()
-        student = self.model.config.vision.width
         kind = self.settings.projection
-        self.projections = [projection(student, self.teacher.width, kind) for _ in range(self.settings.layers)]
+        self.projections = [
+            projection(self.student.width, self.teacher.width, kind) for _ in range(self.settings.layers)
+        ]
         behind = nn.ModuleList(self.projections).to(device)
         named = {f"{trainable.PROJECTIONS}.{name}": p for name, p in behind.named_parameters()}
         self.store = self._open_store(device)
@@ -194,13 +186,12 @@ class DistillStage(PictureStage[Tiles]):
 
     def _student(self, tiles: Tensor) -> Float[Tensor, "tiles states positions width"]:
         """Its last states on the grid of the comparison."""
-        states = last_states(
-            self.model.vision, self._pixels(tiles), self.model.config.feature_layer, self.settings.layers
-        )
+        student = self.student
+        states = last_states(student.vision, self._pixels(tiles), student.tap, self.settings.layers)
         return torch.stack([pool_grid(state, self.side) for state in states], dim=1)
 
     def _pixels(self, tiles: Tensor) -> Float[Tensor, "tiles 3 side side"]:
-        return normalise(tiles, self.model.config.normalize)
+        return self.student.pixels(tiles)
 
     @torch.no_grad()
     def _fit(self, device: torch.device) -> None:
@@ -245,24 +236,46 @@ class DistillStage(PictureStage[Tiles]):
         return features.DiskStore(folder, shape, torch.bfloat16)
 
     def _tiles(self, pictures: Sequence[str], rng: np.random.Generator | None) -> Tiles:
-        """Cut as the chat model cuts them: dynamic tiles, or the whole picture as one where max_tiles is 1."""
-        config, found = self.config, []
+        """As the student cuts them; with `rng`, random parts and mirrored ones where the run says so."""
+        found, area = [], self.settings.area
         for path in pictures:
             image = open_image(path)
-            if config.dynamic_tiles and config.max_tiles > 1:
-                tiles = cut(image, config.min_tiles, config.max_tiles, config.thumbnail, config.tile_size)
+            if rng is not None and area != WHOLE:
+                tiles = random_crop(image, self.student.side, area, rng)[None]
             else:
-                tiles = single(image, config.tile_size)
+                tiles = self.student.tiles(image, self.run.data.max_tiles)
             mirrored = self.settings.flip and rng is not None and rng.random() < 0.5
             found.append(tiles.flip(-1) if mirrored else tiles)
         return Tiles(torch.cat(found), tuple(pictures))
 
+    def export(self, learner: Learner[Any], out: Path) -> None:
+        self.student.export(learner, out)
+
+
+def check(run: RunConfig) -> None:
+    """ValueError for settings that have no meaning for this stage."""
+    settings, data = run.distill, run.data
+    if settings.layers < 1:
+        raise ValueError(f"distill.layers is {settings.layers}; at least one state is compared")
+    least, most = settings.area
+    if not 0 < least <= most <= 1:
+        raise ValueError(f"distill.area is {settings.area}; it must be two shares with 0 < least <= greatest <= 1")
+    if settings.area == WHOLE:
+        return
+    if settings.features != "none":
+        raise ValueError(
+            f"distill.area is {settings.area}, so no tile comes twice; set --distill.features none, or "
+            "--distill.area 1 1"
+        )
+    if data.max_tiles != 1:
+        raise ValueError(
+            f"distill.area is {settings.area} but data.max_tiles {data.max_tiles}; a random part of a picture is one "
+            "tile: set --data.max_tiles 1, or --distill.area 1 1"
+        )
+
 
 def open_distill(run: RunConfig) -> DistillStage:
     """Student, teacher and pictures of a run."""
-    loaded = load_checkpoint(run.model)
+    check(run)
     dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
-    teacher = open_teacher(run.distill.teacher, dtype)
-    if run.distill.layers < 1:
-        raise ValueError(f"distill.layers is {run.distill.layers}; at least one state is compared")
-    return DistillStage(run, loaded.model, loaded.tokenizer, teacher)
+    return DistillStage(run, open_student(run.model), open_teacher(run.distill.teacher, dtype))

@@ -12,8 +12,6 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from internvl.models.chat import ChatModel
-from internvl.train.export import export_chat
 from internvl.train.run import RunConfig
 from internvl.train.trainable import Learner
 
@@ -33,8 +31,8 @@ class PictureStage(ABC, Generic[B]):
 
     joint = False
 
-    def __init__(self, run: RunConfig, model: ChatModel, tokenizer: Any) -> None:
-        self.run, self.model, self.tokenizer = run, model, tokenizer
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
         self.size = run.data.batch_samples or 16
         self.epoch, self.place = 0, 0
 
@@ -74,6 +72,6 @@ class PictureStage(ABC, Generic[B]):
     def lost(self) -> tuple[int, Mapping[str, str]]:
         return 0, {}
 
-    def export(self, learner: Learner, out: Path) -> None:
-        """The chat model with what it learned; what was only there to teach it stays in the checkpoints."""
-        export_chat(learner, self.tokenizer, out)
+    @abstractmethod
+    def export(self, learner: Learner[Any], out: Path) -> None:
+        """The model with what it learned; what was only there to teach it stays in the checkpoints."""
