@@ -23,7 +23,7 @@ from internvl.tokens import IGNORE_INDEX
 from internvl.train.contrast import contrast, share
 from internvl.train.joint import all_texts, brought, first_row
 from internvl.train.losses import chunked_sum, shift
-from internvl.train.pieces import in_pieces
+from internvl.train.pieces import by_length, in_pieces, texts_in_pieces
 
 Negatives = Literal["given", "hard"]
 
@@ -79,7 +79,7 @@ def alignment_losses(
         features = model.vision(batch.pixel_values)
     seen = Cache() if piece is None else None
     images = in_pieces(lambda some: model.pool_queries(model.qllama.look(some, seen)), [features], piece)
-    texts = in_pieces(model.encode_text, [batch.contrast.ids, batch.contrast.mask], piece)
+    texts = texts_in_pieces(model.encode_text, batch.contrast.ids, batch.contrast.mask, piece)
     counted = batch.valid if batch.valid is not None else torch.ones_like(batch.contrast.ids[:, 0], dtype=torch.bool)
     scale, valid = model.logit_scale.exp(), batch.contrast.longer_than(EMPTY_CONTRAST) & counted
     itc = contrast(images, texts, scale, valid=valid, same=batch.same, smoothing=model.config.label_smoothing)
@@ -185,7 +185,12 @@ def matching(model: DualModel, features: Tensor, rows: MatchRows, piece: int | N
     """Two-way cross-entropy, of all ranks' rows with a label."""
     ids, mask, places = rows.texts.ids, rows.texts.mask, rows.image_of_row
     if piece is None:
-        logits = model.match_logits(features, ids, mask, places)
+
+        def fits(ids: Tensor, mask: Tensor, places: Tensor) -> Tensor:
+            shown, places = places.unique(return_inverse=True)
+            return model.match_logits(features[shown], ids, mask, places)
+
+        logits = by_length(fits, ids, mask, places)
     else:
         logits = in_pieces(lambda i, m, at: model.match_logits(features[at], i, m), [ids, mask, places], piece)
     losses = F.cross_entropy(logits.float(), rows.labels, ignore_index=IGNORE_INDEX, reduction="sum")
@@ -197,7 +202,13 @@ def caption_states(
 ) -> Float[Tensor, "rows length width"]:
     """After the queries in `seen`; without it the pictures are looked at again, some at a time."""
     if seen is not None:
-        return model.caption_states(seen, texts.ids, texts.mask)
+        rows, length = texts.ids.shape
+
+        def said(ids: Tensor, mask: Tensor, some: Tensor) -> Tensor:
+            states = model.caption_states(seen.pick(some), ids, mask)
+            return F.pad(states, (0, 0, 0, length - ids.shape[1]))
+
+        return by_length(said, texts.ids, texts.mask, torch.arange(rows, device=texts.ids.device))
 
     def looked(some: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         again = Cache()

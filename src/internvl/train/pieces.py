@@ -34,14 +34,16 @@ def texts_in_pieces(encode: Callable[..., Tensor], ids: Tensor, mask: Tensor, si
     return by_length(encode, ids, mask) if size is None else in_pieces(encode, [ids, mask], size)
 
 
-def by_length(encode: Callable[..., Tensor], ids: Tensor, mask: Tensor, call: int = CALL) -> Tensor:
-    """`encode(ids, mask)`, rows of like length together and cut to their longest: captions of many languages differ
-    tenfold in tokens, and padding costs what text costs. Rows are padded at their end."""
+def by_length(encode: Callable[..., Tensor], ids: Tensor, mask: Tensor, *more: Tensor, call: int = CALL) -> Tensor:
+    """`encode(ids, mask, *more)`, rows of like length together and cut to their longest: captions of many languages
+    differ tenfold in tokens, and padding costs what text costs. Rows are padded at their end."""
     lengths = mask.sum(1)
     order = lengths.argsort()
     ordered = lengths[order].tolist()
     groups = [(rows, int(lengths[rows[-1]])) for rows in order.split(groups_of(ordered, call))]
-    encoded = torch.cat([encode(ids[rows, :longest], mask[rows, :longest]) for rows, longest in groups])
+    encoded = torch.cat(
+        [encode(ids[rows, :longest], mask[rows, :longest], *(x[rows] for x in more)) for rows, longest in groups]
+    )
     return encoded[order.argsort()]
 
 
