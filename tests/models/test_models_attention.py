@@ -54,6 +54,48 @@ def test_mask_says_what_is_seen() -> None:
     assert_close(attend(q, k, v, causal=True, mask=mask), written_out(q, k, v, mask).float(), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["full", "causal", "last positions", "mask", "segments"])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_bfloat16_that_learns_takes_products_and_agrees(monkeypatch, kind: str, kv_heads: int) -> None:
+    """Values and gradients of all three; no kernel of sdpa runs."""
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    batch, queries, keys = {"segments": (1, 12, 12), "last positions": (2, 5, 12)}.get(kind, (2, 12, 12))
+    given = [x.requires_grad_() for x in qkv(queries, keys, kv_heads=kv_heads, batch=batch, dtype=torch.bfloat16)]
+    seen = torch.ones(queries, keys, dtype=torch.bool)
+    options: dict[str, object] = {"causal": True}
+    if kind == "full":
+        options = {}
+    elif kind == "mask":
+        seen = (torch.rand(batch, 1, queries, keys, generator=torch.Generator().manual_seed(1)) > 0.4).logical_or(
+            torch.eye(queries, keys, dtype=torch.bool)
+        )
+        options = {"mask": seen}
+    elif kind == "segments":
+        row = torch.arange(keys) >= 5
+        seen = (row[:, None] == row).tril()
+        options = {"causal": True, "segments": torch.tensor([0, 5, 12])}
+    else:
+        seen = seen.tril(keys - queries)
+    found, wanted = attend(*given, **options), written_out(*given, seen)
+    assert_close(found, wanted.bfloat16(), atol=0.03, rtol=0.03)
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(2))
+    gradients = [torch.autograd.grad((out * weights).sum(), given) for out in (found, wanted)]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert_close(ours, theirs, atol=0.05, rtol=0.05)
+
+
+def test_a_query_that_sees_nothing_stays_finite_and_learns_nothing_wrong() -> None:
+    q, k, v = (x.requires_grad_() for x in qkv(dtype=torch.bfloat16))
+    mask = torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()
+    mask[0, :, 2] = False
+    found = attend(q, k, v, mask=mask)
+    assert bool(found.isfinite().all())
+    keep = [n for n in range(7) if n != 2]
+    gradient = torch.autograd.grad(found[:, :, keep].sum(), q)[0]
+    assert bool(gradient.isfinite().all())
+    assert not gradient[0, :, 2].any()
+
+
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.booleans(), st.sampled_from([1, 2, 4]))
 def test_segments_are_separate_rows(lengths: list[int], causal: bool, kv_heads: int) -> None:
     total = sum(lengths)
