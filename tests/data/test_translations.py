@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from itertools import islice
@@ -108,6 +109,31 @@ def test_epochs_follow_without_a_gap_and_resume_at_any_batch(tmp_path: Path) -> 
         loader(tmp_path, samples=4, seed=1).load_state_dict(states[0])
     with pytest.raises(ValueError, match=r"data\.batch_samples is 0"):
         loader(tmp_path, samples=0)
+
+
+def test_places_that_older_checkpoints_hold_mean_the_same(tmp_path: Path) -> None:
+    """An epoch, a place in it, and a hash of what decides the order; ten of six texts are the fifth of the second."""
+    texts = loader(tmp_path, samples=5, seed=7)
+    tuple(islice(texts, 2))
+    described = [(str(tmp_path / "texts.jsonl"), 6, 1.0)]
+    expected = hashlib.sha256(repr((described, 7, True)).encode()).hexdigest()[:16]
+    assert texts.state_dict() == {"epoch": 1, "place": 4, "fingerprint": expected}
+
+
+def test_ranks_share_the_joint_batch(tmp_path: Path) -> None:
+    """Over the ends of epochs; all come to the same place, and none can have less than another."""
+    joint = loader(tmp_path, samples=4)
+    ranks = [loader(tmp_path, samples=4, rank=rank, ranks=2) for rank in range(2)]
+    for whole, *parts in islice(zip(joint, *ranks, strict=False), 5):
+        assert sum((part.sources for part in parts), ()) == whole.sources
+        assert torch.equal(torch.cat([part.english for part in parts]), whole.english)
+        for one, places in zip(parts, ([0, 1], [2, 3]), strict=True):
+            assert [row[row > 0].tolist() for row in one.texts.ids] == [
+                row[row > 0].tolist() for row in whole.texts.ids[places]
+            ]
+        assert [one.state_dict() for one in ranks] == [joint.state_dict()] * 2
+    with pytest.raises(ValueError, match="batch_samples is 4 texts a step, which 3 ranks cannot share evenly"):
+        loader(tmp_path, samples=4, ranks=3)
 
 
 def test_long_texts_are_cut_and_counted(tmp_path: Path) -> None:

@@ -66,8 +66,8 @@ def test_neighbours_is_the_divergence_and_none_where_the_teacher_is_repeated() -
         wanted = torch.softmax(target @ target[row] / 0.2, 0)
         found = torch.softmax(target @ said[row] / 0.2, 0)
         expected += float((wanted * (wanted / found).log()).sum())
-    assert float(neighbours_sum(said, target, 0.2)) == pytest.approx(expected, rel=1e-5)
-    assert float(neighbours_sum(target, target, 0.2)) == pytest.approx(0, abs=1e-6)
+    assert float(neighbours_sum(said, target, target, 0.2)) == pytest.approx(expected, rel=1e-5)
+    assert float(neighbours_sum(target, target, target, 0.2)) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_gradient_pulls_towards_the_teacher() -> None:
@@ -77,7 +77,7 @@ def test_the_gradient_pulls_towards_the_teacher() -> None:
         said = F.normalize(raw, dim=-1)
         cosines.append(float((said * target).sum(-1).mean().detach()))
         optimizer.zero_grad()
-        neighbours_sum(said, target, 0.5).backward()
+        neighbours_sum(said, target, target, 0.5).backward()
         optimizer.step()
     assert cosines[10] > cosines[0]
     assert cosines[-1] > 0.95

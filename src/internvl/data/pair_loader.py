@@ -1,37 +1,28 @@
 """Sets of pairs to batches of equal size, without end; stops and resumes at any batch, exactly.
 
-Epochs follow each other without a gap: a batch may hold the end of one and the beginning of the next, so no pair is
-left out and no rank ever has a smaller batch. Everything random follows from the seed, the epoch and the place in it,
-so neither the number of workers nor that of ranks changes which pairs the n-th joint batch has.
+No pair is left out and no rank ever has a smaller batch: dealing.py. Neither workers nor ranks change what the n-th
+joint batch holds.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from internvl.batch import PairBatch
+from internvl.data.dealing import Entry, Epochs, Numbers, check_state, fingerprint, part_of
 from internvl.data.image_text import Pair, PairEncoder, PairSample, collate_pairs, parse_pair
 from internvl.data.measure import unchanged
 from internvl.data.mixture import DataSet, Mixture
 
 MAX_DRAWS = 100
 """Records looked at for a text of another picture, before the data is blamed."""
-
-
-class _Entry(NamedTuple):
-    epoch: int
-    place: int
-    """In the epoch's order."""
-    number: int
-    """Of the record."""
 
 
 class _Made(NamedTuple):
@@ -57,7 +48,7 @@ class _Work(Dataset[_Made]):
     skips: bool
     known: Callable[[bytes], bool] | None
 
-    def __getitem__(self, entries: list[_Entry]) -> _Made:
+    def __getitem__(self, entries: list[Entry]) -> _Made:
         found: list[PairSample | None] = []
         problems: dict[str, str] = {}
         for entry in entries:
@@ -77,7 +68,7 @@ class _Work(Dataset[_Made]):
         batch = collate_pairs(samples, valid, self.encoder.settings.side, self.known is not None)
         return _Made(batch, problems, sum(sample.is_cut for sample in usable))
 
-    def _sample(self, entry: _Entry) -> PairSample:
+    def _sample(self, entry: Entry) -> PairSample:
         seed = [self.mixture.seed, entry.epoch, entry.place]
         pair = read_pair(self.mixture, entry.number)
         negative = self._other_text(pair, np.random.default_rng([*seed, 1])) if self.negatives else None
@@ -121,30 +112,22 @@ class PairLoader:
     """Texts whose end the model does not see."""
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"data.batch_samples is {self.samples}; it must be at least 1")
-        if self.samples % self.ranks:
-            raise ValueError(
-                f"data.batch_samples is {self.samples} pairs a step, which {self.ranks} ranks cannot share evenly; set "
-                f"it to a multiple of {self.ranks}"
-            )
+        self._own = part_of(self.samples, self.ranks, "pairs")
         self._mixture = Mixture(self.sets, self.seed, self.shuffle)
+        self._epochs = Epochs(self._mixture)
         self._entry = 0
-        self._orders: dict[int, Int[np.ndarray, " entries"]] = {}
 
     def __iter__(self) -> Iterator[PairBatch]:
         """This rank's part of each batch, from where the loader stands, without end."""
-        own = self.samples // self.ranks
-        starts = iter(range(self._entry + self.rank * own, 2**62, self.samples))
-        for made in self._make([self._at(start + n) for n in range(own)] for start in starts):
+        starts = range(self._entry + self.rank * self._own, 2**62, self.samples)
+        for made in self._make(self._epochs.deal(*divmod(start, self.num_pairs), self._own)[0] for start in starts):
             place = self._entry
             self._entry += self.samples
             yield replace(made, place=place)
 
     def once(self) -> Iterator[PairBatch]:
         """One epoch in order, the last batch smaller; the same on every rank; the loader's own place stays."""
-        order = [_Entry(0, place, int(number)) for place, number in enumerate(self._order(0))]
-        return self._make(order[n : n + self.samples] for n in range(0, len(order), self.samples))
+        return self._make(self._epochs.once(self.samples))
 
     @property
     def num_records(self) -> int:
@@ -155,14 +138,14 @@ class PairLoader:
         """A record by its number; ValueError where it is no pair."""
         return read_pair(self._mixture, number)
 
-    def numbers(self, count: int) -> Int[np.ndarray, " entries"]:
+    def numbers(self, count: int) -> Numbers:
         """Of the records that come first in a run."""
-        return np.array([self._at(entry).number for entry in range(count)])
+        return np.array([entry.number for entry in self._epochs.deal(0, 0, count)[0]])
 
     @property
     def num_pairs(self) -> int:
         """Of an epoch."""
-        return len(self._order(0))
+        return len(self._epochs)
 
     def __len__(self) -> int:
         """Batches that cover an epoch."""
@@ -173,30 +156,14 @@ class PairLoader:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to the place of a state; data and settings must be those it was taken with."""
-        if state["fingerprint"] != self._fingerprint:
-            raise ValueError(
-                f"the state is of other data or settings ({state['fingerprint']}, here {self._fingerprint}); resume "
-                "with the same sets, seed, picture size, crop and masking, or start anew"
-            )
+        check_state(state, self._fingerprint, "sets, seed, picture size, crop and masking")
         self._entry = int(state["entry"])
 
     @cached_property
     def _fingerprint(self) -> str:
-        sets = [(data.annotation, len(data.lines), data.repeat) for data in self.sets]
-        settings = (self.seed, self.shuffle, self.negatives, self.encoder.settings)
-        return hashlib.sha256(repr((sets, settings)).encode()).hexdigest()[:16]
+        return fingerprint(self.sets, (self.seed, self.shuffle, self.negatives, self.encoder.settings))
 
-    def _at(self, entry: int) -> _Entry:
-        epoch, place = divmod(entry, self.num_pairs)
-        return _Entry(epoch, place, int(self._order(epoch)[place]))
-
-    def _order(self, epoch: int) -> Int[np.ndarray, " entries"]:
-        if epoch not in self._orders:
-            self._orders = {kept: order for kept, order in self._orders.items() if kept in (0, epoch - 1)}
-            self._orders[epoch] = self._mixture.epoch(epoch)
-        return self._orders[epoch]
-
-    def _make(self, plans: Iterator[list[_Entry]]) -> Iterator[PairBatch]:
+    def _make(self, plans: Iterator[list[Entry]]) -> Iterator[PairBatch]:
         for made in self._run(plans):
             if made.problems and self.on_error == "error":
                 raise ValueError(next(iter(made.problems.values())))
@@ -206,7 +173,7 @@ class PairLoader:
             self.num_cut += made.num_cut
             yield made.batch
 
-    def _run(self, plans: Iterator[list[_Entry]]) -> Iterator[_Made]:
+    def _run(self, plans: Iterator[list[Entry]]) -> Iterator[_Made]:
         work = _Work(self._mixture, self.encoder, self.negatives, self.on_error == "skip", self.known)
         if not self.workers:
             return (work[plan] for plan in plans)
@@ -218,5 +185,6 @@ class PairLoader:
                 num_workers=self.workers,
                 collate_fn=unchanged,
                 multiprocessing_context="fork",
+                generator=torch.Generator(),  # else the number of workers moves what dropout draws
             )
         )

@@ -1,4 +1,4 @@
-"""Texts in any language, each with an English one that means the same, as batches without end; resumable, exactly.
+"""Texts in any language, each with an English one that means the same, as batches without end (dealing.py); resumable.
 
 Lines are those of pictures with captions (image_text.py), read for their words: what is said of one picture means the
 same, so its first English caption is the English of its lines in other languages, and an English caption is its own. A
@@ -7,33 +7,28 @@ line without a picture is English. No picture is opened. What an encoder says ab
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Int
 
 from internvl.batch import TextBatch
+from internvl.data.dealing import Entry, Epochs, Numbers, check_state, fingerprint, part_of
 from internvl.data.dual_texts import TEXT_PREFIX, DualTokeniser, pad
 from internvl.data.image_text import Pair, parse_pair
 from internvl.data.mixture import DataSet, Mixture
 
 
-class _Entry(NamedTuple):
-    epoch: int
-    place: int
-    """In the epoch's order."""
-    number: int
-    """Of the line."""
-
-
 @dataclass
 class TextLoader:
-    """Batches of `samples` texts; `state_dict` is the place of the next one. All lines are in memory."""
+    """Batches of `samples` texts, those of all ranks together; `state_dict` is the place of the next one.
+
+    All lines are in memory.
+    """
 
     sets: Sequence[DataSet]
     words: DualTokeniser
@@ -41,6 +36,8 @@ class TextLoader:
     seed: int = 0
     shuffle: bool = True
     on_error: Literal["error", "skip"] = "error"
+    rank: int = 0
+    ranks: int = 1
     english: list[str] = field(default_factory=list, init=False)
     """Every English text that is meant, once."""
     skipped: dict[str, str] = field(default_factory=dict, init=False)
@@ -49,11 +46,10 @@ class TextLoader:
     """Texts whose end the model does not see."""
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"data.batch_samples is {self.samples}; it must be at least 1")
+        self._own = part_of(self.samples, self.ranks, "texts")
         self._mixture = Mixture(self.sets, self.seed, self.shuffle)
+        self._epochs = Epochs(self._mixture, self._meaningful)
         self._epoch = self._place = 0
-        self._orders: dict[int, Int[np.ndarray, " entries"]] = {}
         self._lines: list[Pair | None] = [self._read(number) for number in range(len(self._mixture))]
         self._sentences: dict[bytes, str] = {}
         for line in self._lines:
@@ -65,45 +61,31 @@ class TextLoader:
         self._usable = np.array([bool(meant) for meant in self._meant])
 
     def __iter__(self) -> Iterator[TextBatch]:
-        """From where the loader stands, without end: a batch may hold the end of an epoch and the next one's begin."""
+        """This rank's part of each batch, from where the loader stands, without end."""
+        first = self.rank * self._own
         while True:
-            entries: list[_Entry] = []
-            epoch, place = self._epoch, self._place
-            while len(entries) < self.samples:
-                order = self._order(epoch)
-                taken = order[place : place + self.samples - len(entries)]
-                entries += [_Entry(epoch, place + n, int(number)) for n, number in enumerate(taken)]
-                place += len(taken)
-                if place == len(order):
-                    epoch, place = epoch + 1, 0
-            self._epoch, self._place = epoch, place
-            yield self._batch(entries)
+            entries, self._epoch, self._place = self._epochs.deal(self._epoch, self._place, self.samples)
+            yield self._batch(entries[first : first + self._own])
 
     def once(self) -> Iterator[TextBatch]:
-        """One epoch in order, the last batch smaller; the loader's own place stays."""
-        entries = [_Entry(0, place, int(number)) for place, number in enumerate(self._order(0))]
-        return (self._batch(entries[n : n + self.samples]) for n in range(0, len(entries), self.samples))
+        """One epoch in order, the last batch smaller; the same on every rank; the loader's own place stays."""
+        return (self._batch(entries) for entries in self._epochs.once(self.samples))
 
     def __len__(self) -> int:
         """Batches that cover an epoch."""
-        return -(-len(self._order(0)) // self.samples)
+        return -(-len(self._epochs) // self.samples)
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self._epoch, "place": self._place, "fingerprint": self._fingerprint}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to the place of a state; data and settings must be those it was taken with."""
-        if state["fingerprint"] != self._fingerprint:
-            raise ValueError(
-                f"the state is of other data or settings ({state['fingerprint']}, here {self._fingerprint}); resume "
-                "with the same sets and seed, or start anew"
-            )
+        check_state(state, self._fingerprint, "sets and seed")
         self._epoch, self._place = int(state["epoch"]), int(state["place"])
 
     @cached_property
     def _fingerprint(self) -> str:
-        sets = [(data.annotation, len(data.lines), data.repeat) for data in self.sets]
-        return hashlib.sha256(repr((sets, self.seed, self.shuffle)).encode()).hexdigest()[:16]
+        return fingerprint(self.sets, self.seed, self.shuffle)
 
     def _read(self, number: int) -> Pair | None:
         index, position = self._mixture.locate(number)
@@ -135,16 +117,14 @@ class TextLoader:
             raise ValueError(why)
         self.skipped[source] = why
 
-    def _order(self, epoch: int) -> Int[np.ndarray, " entries"]:
-        if epoch not in self._orders:
-            self._orders = {kept: order for kept, order in self._orders.items() if kept in (0, epoch - 1)}
-            numbers = self._mixture.epoch(epoch)
-            self._orders[epoch] = numbers[self._usable[numbers]]
-            if not len(self._orders[epoch]):
-                raise ValueError(f"an epoch without a usable line; the last: {list(self.skipped.values())[-1]}")
-        return self._orders[epoch]
+    def _meaningful(self, numbers: Numbers) -> Int[np.ndarray, " kept"]:
+        """Those of lines that are not left out."""
+        found = numbers[self._usable[numbers]]
+        if not len(found):
+            raise ValueError(f"an epoch without a usable line; the last: {list(self.skipped.values())[-1]}")
+        return found
 
-    def _batch(self, entries: Sequence[_Entry]) -> TextBatch:
+    def _batch(self, entries: Sequence[Entry]) -> TextBatch:
         rows, english, translated, sources = [], [], [], []
         for entry in entries:
             line = self._lines[entry.number]

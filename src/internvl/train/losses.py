@@ -189,14 +189,17 @@ def relation_sum(
 
 
 def neighbours_sum(
-    said: Float[Tensor, "texts dim"], target: Float[Tensor, "texts dim"], temperature: float
+    said: Float[Tensor, "texts dim"],
+    target: Float[Tensor, "texts dim"],
+    among: Float[Tensor, "all_texts dim"],
+    temperature: float,
 ) -> Float[Tensor, ""]:
-    """Sum over texts of the divergence (nats) of where a text lies among the targets of the batch from where its own
-    target lies: softmax over cosines / temperature. Unit vectors both; 0 where the student says what the teacher says.
+    """Sum over texts of the divergence (nats) of where a text lies `among` the targets of all ranks from where its own
+    target lies: softmax over cosines / temperature. Unit vectors all; 0 where the student says what the teacher says.
     """
-    said, target = said.float(), target.float()
-    wanted = (target @ target.T / temperature).log_softmax(-1)
-    found = (said @ target.T / temperature).log_softmax(-1)
+    said, target, among = said.float(), target.float(), among.float()
+    wanted = (target @ among.T / temperature).log_softmax(-1)
+    found = (said @ among.T / temperature).log_softmax(-1)
     return F.kl_div(found, wanted, reduction="sum", log_target=True)
 
 

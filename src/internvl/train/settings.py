@@ -57,7 +57,7 @@ class Data:
     """Of the sets in an epoch: by their records, or by the square root of how many they are (official
     `use_data_resampling`, as it was meant)."""
     batch_samples: int | None = 16
-    """Most samples in one micro-batch. In the stages on pairs: pairs of a step, which all ranks share."""
+    """Most samples in one micro-batch. In the stages of dual models: its pairs or texts, which all ranks share."""
     batch_tokens: int | None = None
     """Most positions in one micro-batch, padding included."""
     batch_tiles: int | None = None
@@ -185,7 +185,7 @@ class Text:
     """Folder of an English sentence encoder, the mean of a BERT's last states; the packaged all-MiniLM-L6-v2 when not
     given. As wide as the model's embeddings."""
     temperature: float = 0.05
-    """Of the main loss, which of the batch's English texts a text is near to (that of sentence-transformers' own
+    """Of the main loss, which of the joint batch's English texts a text is near to (that of sentence-transformers' own
     in-batch loss: scale 20)."""
     cosine: float = 1.0
     """Weight of a second loss, 1 - cosine to the teacher's vector."""

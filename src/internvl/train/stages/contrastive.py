@@ -20,7 +20,8 @@ from internvl.train.contrast import contrast
 from internvl.train.dual import is_generative
 from internvl.train.pieces import in_pieces, texts_in_pieces
 from internvl.train.run import RunConfig
-from internvl.train.stages.pairs import PairStage, with_tokenizer
+from internvl.train.stages.dual import with_tokenizer
+from internvl.train.stages.pairs import PairStage
 
 LOSS = "contrast"
 

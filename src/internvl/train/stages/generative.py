@@ -20,7 +20,8 @@ from internvl.parallel import collectives
 from internvl.train.alignment import AlignmentBatch, Negatives, alignment_losses
 from internvl.train.dual import is_generative, open_generative, part_of
 from internvl.train.run import RunConfig
-from internvl.train.stages.pairs import PairStage, with_tokenizer
+from internvl.train.stages.dual import with_tokenizer
+from internvl.train.stages.pairs import PairStage
 
 
 class Generative(PairStage):

@@ -1,13 +1,10 @@
-"""What the stages on pictures with captions share: the model, its batches, kept features, files. Losses are theirs."""
+"""What the stages on pictures with captions share: pairs, kept features, the bound on the scale. Losses are theirs."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,28 +18,26 @@ from internvl.data.images import normalise
 from internvl.data.mixture import by_square_root, read_sets
 from internvl.data.pair_loader import PairLoader
 from internvl.load_dual import LoadedDual
-from internvl.models.contrastive import DualModel
 from internvl.parallel import collectives
-from internvl.train import dual
+from internvl.train.dual import DualLearner
 from internvl.train.features import MemoryStore
 from internvl.train.joint import groups
 from internvl.train.run import RunConfig
-from internvl.train.trainable import Learner
+from internvl.train.stages.dual import DualStage, check_dual
 
 VISION_PIECE = 64
 """Pictures that a frozen vision encoder sees at a time where the run does not say."""
 
 
-class PairStage(ABC):
+class PairStage(DualStage[PairBatch]):
     """A stage over pairs; a subclass says what learns, which forms of a text it needs, and its losses."""
 
-    coefficients: Mapping[str, float]
-    joint = True
     forms: Forms
+    loader: PairLoader
 
     def __init__(self, run: RunConfig, loaded: LoadedDual) -> None:
         check(run)
-        self.run, self.model, self.tokenizer = run, loaded.model, loaded.tokenizer
+        super().__init__(run, loaded)
         self.store = MemoryStore() if run.data.features == "memory" else None
         words, known = DualTokeniser(loaded.tokenizer, loaded.config.language), None
         if self.store is not None:
@@ -52,57 +47,15 @@ class PairStage(ABC):
         if run.data.held_out:
             self.held_out = open_pairs(run, loaded.config, words, self.forms, learning=False, known=known)
 
-    @abstractmethod
-    def wanted(self, name: str) -> bool:
-        """Whether a parameter can learn in this stage."""
-
-    def begin(self, run: RunConfig, device: torch.device) -> dual.DualLearner:
-        self.model.to(device)
-        learner = dual.choose(self.model, run, self.wanted)
+    def begin(self, run: RunConfig, device: torch.device) -> DualLearner:
         self.model.vision.set_drop_path(run.pairs.drop_path, run.pairs.drop_path_schedule)
-        self.model.checkpoint(run.grad_checkpoint)
-        if run.compile:
-            for block in (*self.model.vision.layers, *self.model.qllama.layers):
-                block.compile()
-        return learner
-
-    def batches(self) -> Generator[PairBatch, None, None]:
-        yield from self.loader
-
-    def cursor(self) -> dict[str, Any]:
-        return self.loader.state_dict()
-
-    def seek(self, cursor: Mapping[str, Any]) -> None:
-        self.loader.load_state_dict(cursor)
-
-    def batches_per_epoch(self) -> int:
-        return len(self.loader)
-
-    def prepare(self, batch: PairBatch) -> PairBatch:
-        return batch
-
-    def weights(self, batch: PairBatch) -> dict[str, float]:
-        """Each loss is a mean over the joint batch, counted once a pair."""
-        return {name: float(batch.num_pairs) for name in self.coefficients}
-
-    @abstractmethod
-    def losses(self, prepared: PairBatch) -> Mapping[str, Float[Tensor, ""]]:
-        """Loss name -> its mean over the joint batch, counted once a pair."""
+        return super().begin(run, device)
 
     def sizes(self, batch: PairBatch) -> dict[str, int]:
         learned = int(batch.contrast.mask.sum()) if batch.labels is None else int((batch.labels != -100).sum())
         forms = (batch.contrast, batch.match, batch.negatives, batch.caption)
         tokens = sum(int(texts.mask.sum()) for texts in forms if texts is not None)
         return {"samples": batch.num_pairs, "tokens": tokens, "learned": learned, "tiles": batch.num_pairs}
-
-    def describe(self, batch: PairBatch) -> str:
-        return ", ".join(batch.sources)
-
-    def lost(self) -> tuple[int, Mapping[str, str]]:
-        return self.loader.num_cut, self.loader.skipped
-
-    def export(self, learner: Learner[DualModel], out: Path) -> None:
-        dual.export(learner, self.tokenizer, out)
 
     def bound_scale(self) -> None:
         """CLIP bounds the learned factor after each step; before the next one is the same."""
@@ -165,31 +118,15 @@ def open_pairs(
     )
 
 
-def with_tokenizer(run: RunConfig, loaded: LoadedDual) -> LoadedDual:
-    """The model, if it can read."""
-    if loaded.tokenizer is None:
-        raise ValueError(f"{run.model} has no tokenizer; put its tokenizer.json or tokenizer.model beside the weights")
-    return loaded
-
-
 def check(run: RunConfig) -> None:
     """ValueError for settings that have no meaning for pairs."""
+    check_dual(run, "pairs")
     data, pairs = run.data, run.pairs
-    if not data.meta:
-        raise ValueError("data.meta is not given; set --data.meta to a meta JSON or a JSONL file of pairs")
     if run.accumulate != 1:
         raise ValueError(
             f"accumulate is {run.accumulate}; pairs of another micro-batch would be no negatives: raise "
             "data.batch_samples instead, and set pairs.micro_batch to what fits into memory"
         )
-    if data.batch_tokens is not None or data.batch_tiles is not None:
-        raise ValueError("data.batch_tokens and data.batch_tiles have no meaning for pairs; set data.batch_samples")
-    if run.tokens.learn:
-        raise ValueError("tokens.learn is on; dual models have no added tokens: use --tokens.no-learn")
-    if pairs.micro_batch is not None and pairs.micro_batch < 1:
-        raise ValueError(f"pairs.micro_batch is {pairs.micro_batch}; it must be at least 1")
-    if data.on_error == "quarantine":
-        raise ValueError("data.on_error is 'quarantine'; stages on pairs know error, and skip, which names each record")
     if data.features == "disk":
         raise ValueError("data.features is 'disk'; stages on pairs keep features in memory, or none")
     changing = [run.vision.learn != "frozen", tuple(pairs.area) != (1.0, 1.0), pairs.mask_share > 0, data.workers > 0]
