@@ -47,6 +47,18 @@ def test_resumed_equals_uninterrupted_to_the_bit(inputs: Path, tmp_path: Path, m
         assert torch.equal(value, found[name]), name
 
 
+def test_workers_do_not_move_what_drop_path_draws(inputs: Path, tmp_path: Path) -> None:
+    """Begun and gone on with a worker: the whole run without one, to the bit."""
+    whole = contrastive(inputs, tmp_path / "whole", export="none", pairs=Pairs(drop_path=0.5))
+    broken = replace(whole, out=str(tmp_path / "broken"), data=replace(whole.data, workers=1))
+    train(whole, open_stage(whole))
+    break_off(broken, 3)
+    assert train(broken, open_stage(broken)).finished
+    expected, found = learned(whole), learned(broken)
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+
+
 @pytest.mark.parametrize("make", [contrastive, generative])
 def test_twenty_steps_lower_the_loss_on_few_pairs(inputs: Path, tmp_path: Path, make: Any) -> None:
     lines = (inputs / "pairs.jsonl").read_text().splitlines(keepends=True)[:8]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Int
 from torch.utils.data import DataLoader
 
@@ -235,6 +236,7 @@ class Loader:
                 prefetch_factor=self.prefetch,
                 pin_memory=self.pin_memory,
                 multiprocessing_context="fork",
+                generator=torch.Generator(),  # else the number of workers moves what dropout draws
             )
         )
 
