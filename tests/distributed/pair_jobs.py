@@ -1,4 +1,4 @@
-"""What ranks do in test_pair_ranks.py: both stages on pairs, from the beginning or from what other ranks left."""
+"""What ranks do in test_pair_ranks.py: the stages of dual models, from the beginning or from what other ranks left."""
 
 from __future__ import annotations
 
@@ -11,23 +11,29 @@ from tiny_pairs import contrastive, generative, write_inputs
 
 from internvl.parallel import collectives
 from internvl.train.loop import train
+from internvl.train.recipes import tiny_text
 from internvl.train.run import RunConfig
-from internvl.train.settings import Optimiser, Pairs, Part, Schedule, Watch
+from internvl.train.settings import Optimiser, Pairs, Part, Schedule, Text, Watch
 from internvl.train.stages import open_stage
 
 __all__ = ["copy", "inputs", "refused", "run_all", "run_copies"]
 
-KINDS = ("contrastive", "generative")
+KINDS = ("contrastive", "generative", "text")
 
 
 def configured(folder: Path, out: Path, kind: str) -> RunConfig:
     """Gradient caching with a last piece that is smaller; stage 2 with hard negatives, in pieces and with a ViT that
-    learns, so that gradients of pictures cross the ranks."""
-    if kind == "contrastive":
-        run = contrastive(folder, out, pairs=Pairs(micro_batch=3, mask_share=0.5, max_scale=14.4))
-    else:
+    learns, so that gradients of pictures cross the ranks; a pair that cannot be used; texts, in two micro-batches."""
+    run = contrastive(folder, out, pairs=Pairs(micro_batch=3, mask_share=0.5, max_scale=14.4))
+    held_out = "held_out.jsonl"
+    if kind == "generative":
         pairs = Pairs(area=(1.0, 1.0), negatives="hard", micro_batch=3)
         run = generative(folder, out, pairs=pairs, vision=Part("full", layers_from=-1))
+    if kind == "text":
+        run = replace(run, stage="text", vision=Part(), pairs=Pairs(), text=Text(str(folder / "teacher")), accumulate=2)
+        run = replace(run, data=replace(run.data, meta=str(folder / "texts.jsonl")))
+        held_out = "held_out_texts.jsonl"
+    samples = None if kind == "text" else 6
     return replace(
         run,
         # without a large eps, gradients of nothing but rounding would move weights by whole steps
@@ -36,13 +42,18 @@ def configured(folder: Path, out: Path, kind: str) -> RunConfig:
         keep=9,
         eval_every=4,
         export="none",
-        data=replace(run.data, held_out=str(folder / "held_out.jsonl"), held_out_samples=6),
+        data=replace(run.data, held_out=str(folder / held_out), held_out_samples=samples, on_error="skip"),
     )
 
 
 def inputs(folder: Path) -> None:
-    """The model and the pairs of all runs."""
+    """The model, and what all runs learn from."""
     write_inputs(folder)
+    with (folder / "pairs.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"image": "gone.png", "caption": "red beside nothing"}\n')
+    tiny_text.write_tiny_teacher(folder / "teacher")
+    tiny_text.write_tiny_texts(folder / "texts.jsonl")
+    tiny_text.write_tiny_texts(folder / "held_out_texts.jsonl", "under")
 
 
 def run_all(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Laws of ranks for the stages on pairs: sharded = single, resumed on another number of ranks, 0-dim on disk."""
+"""Laws of ranks for the stages of dual models: sharded = single, resumed on another number of ranks, 0-dim on disk."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from test_ranks import close, saved
 
 from internvl.train.log import read_metrics
 
-COPIES = (("contrastive", 1, 2), ("contrastive", 2, 1), ("generative", 1, 2), ("generative", 2, 1))
-FIELDS = ("loss", "grad_norm", "held_out_loss", "held_out_itm", "held_out_itc")
+KINDS = ("contrastive", "generative", "text")
+COPIES = tuple((kind, *sizes) for kind in KINDS for sizes in ((1, 2), (2, 1)))
+FIELDS = ("loss", "grad_norm", "loss_neighbours", "held_out_loss", "held_out_itm", "held_out_itc", "held_out_cosine")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("kind", ["contrastive", "generative"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_sharded_equals_single(folder: Path, kind: str) -> None:
     one, two = folder / f"{kind}-1", folder / f"{kind}-2"
     lines = [read_metrics(path / "metrics.jsonl") for path in (one, two)]
@@ -34,10 +35,20 @@ def test_sharded_equals_single(folder: Path, kind: str) -> None:
         for field in (a.keys() | b.keys()) & set(FIELDS):
             assert b[field] == pytest.approx(a[field], rel=1e-5), (a["step"], field)
     close(saved(one), saved(two))
+
+
+@pytest.mark.parametrize("kind", ["contrastive", "generative"])
+def test_the_scale_learns_and_has_no_dimension_on_disk(folder: Path, kind: str) -> None:
+    one, two = folder / f"{kind}-1", folder / f"{kind}-2"
     scale = saved(two)["logit_scale"]
     assert float(scale) != pytest.approx(float(saved(two, 2)["logit_scale"]), abs=1e-4)
     whole = load_file(one / "checkpoints" / "step-00000004" / "learned.safetensors")
     assert whole["logit_scale"].ndim == 0
+
+
+def test_a_pair_that_cannot_be_used_is_named(folder: Path) -> None:
+    """All pairs come once in four steps; so the law above holds with one that another stands in for."""
+    assert "gone.png" in (folder / "contrastive-1" / "skipped.txt").read_text()
 
 
 @pytest.mark.parametrize(("kind", "before", "now"), COPIES)

@@ -22,7 +22,7 @@ from internvl.data.measure import unchanged
 from internvl.data.mixture import DataSet, Mixture
 
 MAX_DRAWS = 100
-"""Records looked at for a text of another picture, before the data is blamed."""
+"""Records looked at for another one that will do, before the data is blamed."""
 
 
 class _Made(NamedTuple):
@@ -49,24 +49,28 @@ class _Work(Dataset[_Made]):
     known: Callable[[bytes], bool] | None
 
     def __getitem__(self, entries: list[Entry]) -> _Made:
-        found: list[PairSample | None] = []
+        samples: list[PairSample] = []
+        valid: list[bool] = []
         problems: dict[str, str] = {}
         for entry in entries:
             try:
-                found.append(self._sample(entry))
+                samples.append(self._sample(entry))
+                valid.append(True)
             except (ValueError, OSError) as error:
                 source = self.mixture.source(entry.number)
                 problems[source] = str(error) if str(error).startswith(source) else f"{source}: {error}"
-                found.append(None)
                 if not self.skips:
                     return _Made(None, problems, 0)
-        usable = [sample for sample in found if sample is not None]
-        if not usable:
-            return _Made(None, problems, 0)
-        samples = [sample or usable[0] for sample in found]
-        valid = [sample is not None for sample in found]
-        batch = collate_pairs(samples, valid, self.encoder.settings.side, self.known is not None)
-        return _Made(batch, problems, sum(sample.is_cut for sample in usable))
+                other = self._stand_in(entry)
+                if other is None:
+                    more = f"{MAX_DRAWS} draws gave no pair to stand in its place: look at the paths of the data"
+                    return _Made(None, {source: f"{problems[source]}; {more}"}, 0)
+                samples.append(other)
+                valid.append(False)
+        num_cut = sum(sample.is_cut for sample, usable in zip(samples, valid, strict=True) if usable)
+        return _Made(
+            collate_pairs(samples, valid, self.encoder.settings.side, self.known is not None), problems, num_cut
+        )
 
     def _sample(self, entry: Entry) -> PairSample:
         seed = [self.mixture.seed, entry.epoch, entry.place]
@@ -74,6 +78,16 @@ class _Work(Dataset[_Made]):
         negative = self._other_text(pair, np.random.default_rng([*seed, 1])) if self.negatives else None
         wanted = self.known is None or not self.known(pair.name)
         return self.encoder.encode(pair, np.random.default_rng(seed), negative, wanted)
+
+    def _stand_in(self, entry: Entry) -> PairSample | None:
+        """A pair in the place of one that cannot be used, drawn by the place: on any number of ranks the same."""
+        rng = np.random.default_rng([self.mixture.seed, entry.epoch, entry.place, 2])
+        for _ in range(MAX_DRAWS):
+            try:
+                return self._sample(entry._replace(number=int(rng.integers(len(self.mixture)))))
+            except (ValueError, OSError):  # its own turn tells it
+                continue
+        return None
 
     def _other_text(self, pair: Pair, rng: np.random.Generator) -> str:
         """A text of a picture drawn from all records: never of this one, nor one that reads like its own."""
@@ -165,10 +179,8 @@ class PairLoader:
 
     def _make(self, plans: Iterator[list[Entry]]) -> Iterator[PairBatch]:
         for made in self._run(plans):
-            if made.problems and self.on_error == "error":
-                raise ValueError(next(iter(made.problems.values())))
             if made.batch is None:
-                raise ValueError(f"a batch without a usable pair; the last: {next(iter(made.problems.values()))}")
+                raise ValueError(next(iter(made.problems.values())))
             self.skipped.update(made.problems)
             self.num_cut += made.num_cut
             yield made.batch
