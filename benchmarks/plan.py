@@ -114,6 +114,8 @@ def measured_stage(run: RunConfig) -> tuple[int, Any, Any]:
     beside += [x for x in vars(batch).values() if isinstance(x, Tensor)]
     if run.stage == "distill":
         beside += [*stage.teacher.module.parameters()]
+    if run.stage == "text":
+        beside += [stage.targets, batch.texts.ids, batch.texts.mask]
     return peak_of(run, learner, lambda: stage.losses(batch), beside), stage, batch
 
 

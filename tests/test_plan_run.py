@@ -262,8 +262,8 @@ def test_a_release_without_its_files_says_what_it_assumed(inputs: Path) -> None:
     about = subject(replace(run, data=replace(run.data, meta="x")), "InternVL2_5-1B")
     assert "a position a byte" in about.notes[0]
     assert about.config.vision == RELEASED["InternVL2_5-1B"].config.vision
-    with pytest.raises(ValueError, match="stage 'text'; `internvl plan` knows runs of the stages sft, align"):
-        subject(replace(run, stage="text"))
+    with pytest.raises(ValueError, match="stage 'preference'; `internvl plan` knows runs of the stages sft, align"):
+        subject(replace(run, stage="preference"))
 
 
 # the worst micro-batch first

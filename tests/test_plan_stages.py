@@ -1,4 +1,4 @@
-"""internvl plan for the stages on pairs, distillation and alignment: against the allocator, torch's count, the run."""
+"""internvl plan for all stages but sft: against the allocator, torch's count of operations, the batches of the run."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from internvl.cli import main
 from internvl.load_dual import load_dual
-from internvl.plan_run import changes, open_outlook, plan_run, subject
-from internvl.train import cost
+from internvl.plan_run import calibrate, changes, open_outlook, plan_run, subject
+from internvl.train import cost, trials
 from internvl.train.dry import write_model, write_records
 from internvl.train.outlook_pairs import PairOutlook
-from internvl.train.recipes import v1_0
-from internvl.train.rehearse_others import rehearse_distill, rehearse_pairs
+from internvl.train.outlook_texts import TextOutlook
+from internvl.train.recipes import tiny_text, v1_0
+from internvl.train.rehearse_others import rehearse_distill, rehearse_pairs, rehearse_text
 from internvl.train.run import RunConfig
-from internvl.train.settings import Data, Distill, Pairs, Part, Schedule
+from internvl.train.settings import Data, Distill, Pairs, Part, Schedule, Text
 from internvl.train.stages import open_stage
 from internvl.train.teachers import sketch_teacher
 from test_plan_run import MEASURES
@@ -34,6 +35,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     v1_0.write_tiny_pairs(folder / "pairs.jsonl")
     write_model(folder / "chat", tiny_chat_config())
     write_records(folder / "records" / "records.jsonl")
+    tiny_text.write_tiny_teacher(folder / "teacher")
+    tiny_text.write_tiny_texts(folder / "texts.jsonl")
     return folder
 
 
@@ -50,6 +53,12 @@ def of_pictures(inputs: Path, stage: str, **changes: Any) -> RunConfig:
     distill = Distill("tiny-6b-llama", layers=2, relation=1.0)
     base: dict[str, Any] = {"stage": stage, "model": str(inputs / "chat"), "data": data, "distill": distill}
     return RunConfig(**{**base, "schedule": Schedule(steps=3), "device": "cpu", **parts, **changes})
+
+
+def of_texts(inputs: Path, **changes: Any) -> RunConfig:
+    data = Data(meta=str(inputs / "texts.jsonl"), batch_samples=20)
+    base: dict[str, Any] = {"model": str(inputs / "dual"), "data": data, "text": Text(str(inputs / "teacher"))}
+    return replace(tiny_text.tiny_text(), **{**base, "device": "cpu", "out": str(inputs / "run"), **changes})
 
 
 PAIR_CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -70,6 +79,72 @@ def test_rehearsed_memory_of_pairs_is_that_of_the_allocator(inputs: Path, name: 
     if found < 0.9 * planned.peak:  # the profiler now and then misses allocations
         found = max(found, MEASURES.measured_stage(run)[0])
     assert planned.peak == pytest.approx(found, rel=0.1)
+
+
+TEXT_CASES: dict[str, dict[str, Any]] = {
+    "texts": {},
+    "in pieces, bf16": {"pairs": Pairs(micro_batch=6), "precision": "bf16"},
+    "adapters, recomputed, two batches": {"language": Part("lora"), "grad_checkpoint": True, "accumulate": 2},
+    "projection alone": {"language": Part(), "text": Text(cosine=0.0)},
+}
+
+
+@pytest.mark.parametrize("name", TEXT_CASES)
+def test_rehearsed_memory_of_texts(inputs: Path, name: str) -> None:
+    run = of_texts(inputs, **TEXT_CASES[name])
+    run = replace(run, text=replace(run.text, teacher=str(inputs / "teacher")))
+    found, stage, batch = MEASURES.measured_stage(run)
+    planned = rehearse_text(run, stage.model.config, batch, len(stage.loader.english), "cpu")
+    if found < 0.9 * planned.peak:  # the profiler now and then misses allocations
+        found = max(found, MEASURES.measured_stage(run)[0])
+    assert planned.peak == pytest.approx(found, rel=0.1)
+    assert planned.learned == sum(p.numel() for p in stage.model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"pairs": Pairs(micro_batch=6)}, {"grad_checkpoint": True}, {"language": Part()}]
+)
+def test_operations_of_texts_are_those_that_torch_counts(inputs: Path, changes: dict[str, Any]) -> None:
+    run = of_texts(inputs, **changes)
+    stage: Any = open_stage(run)
+    stage.begin(run, torch.device("cpu")).train_mode()
+    batch = next(stage.batches())
+    with FlopCounterMode(display=False) as counter:
+        sum(stage.losses(batch).values()).backward()
+    outlook = open_outlook(subject(run))
+    assert outlook.work()[0] == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_the_plan_of_texts_is_made_of_the_batches_of_the_run(inputs: Path) -> None:
+    """One text is much longer; its batch is the worst, and its half of it where two devices share it."""
+    lines = (inputs / "texts.jsonl").read_text().splitlines(keepends=True)
+    (inputs / "long.jsonl").write_text("".join([*lines, json.dumps({"caption": "red beside blue, " * 4}) + "\n"]))
+    run = of_texts(inputs, data=Data(meta=str(inputs / "long.jsonl"), batch_samples=20))
+    about = subject(run)
+    outlook = open_outlook(about)
+    assert isinstance(outlook, TextOutlook)
+    stage: Any = open_stage(run)
+    batches = [batch for _, batch in zip(range(4), stage.batches(), strict=False)]
+    sizes = outlook.sizes()
+    assert [size.tokens for size in sizes] == [stage.sizes(batch)["tokens"] for batch in batches]
+    seen: list[int] = []
+    inner = stage.model.encode_text
+    stage.model.encode_text = lambda ids, mask: (seen.append(ids.numel()), inner(ids, mask))[1]
+    for size, batch in zip(sizes, batches, strict=True):
+        seen.clear()
+        stage.vectors(batch)
+        assert sum(seen) == size.positions
+    one, two = plan_run(about, 1, "cpu"), plan_run(about, 2, "cpu")
+    longest = max(range(4), key=lambda n: batches[n].texts.ids.shape[1])
+    assert one.worst == sizes[longest]
+    assert (two.worst.samples, one.tiles, one.steps_per_epoch) == (10, 0, 4)
+    assert two.worst.positions < one.worst.positions
+    assert two.memory.activations < one.memory.activations
+    with pytest.raises(ValueError, match="20 texts a step, which 3 GPUs cannot share evenly"):
+        plan_run(about, 3, "cpu")
+    found = changes(about, round(0.95 * one.memory.peak), device="cpu")
+    assert found[0].words.startswith("--pairs.micro-batch ")
+    assert not any("accumulate" in change.words or "max-tiles" in change.words for change in found)
 
 
 @pytest.mark.parametrize("features", ["none", "memory"])
@@ -158,5 +233,28 @@ def test_the_command(inputs: Path, tmp_path: Path, capsys: Any, monkeypatch: pyt
     found = json.loads(capsys.readouterr().out)
     assert found["parameters"] == 13_834_975_747
     assert found["learned"] == 1_010_334_467
-    assert main(["plan", "tiny_contrastive", "--calibrate"]) == 1
-    assert "give --rate" in capsys.readouterr().err
+    assert main(["plan", "tiny_text", "--calibrate", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["epoch"]["samples"], found["epoch"]["tiles"], found["worst"]["samples"]) == (60, 0, 15)
+    assert found["rate"] > 1e6
+    assert found["seconds"] == pytest.approx(found["epoch"]["operations"] / found["rate"] * found["steps"] / 4)
+
+
+@pytest.mark.parametrize("stage", ["contrastive", "generative", "text", "distill", "align"])
+def test_every_stage_is_timed_on_what_it_does(inputs: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate is operations over seconds: against torch's count of the pass that is timed."""
+    if stage == "text":
+        run = of_texts(inputs)
+    elif stage in ("contrastive", "generative"):
+        run = of_pairs(inputs, stage, pairs=Pairs(micro_batch=4))
+    else:
+        run = of_pictures(inputs, stage, distill=Distill("tiny-6b-llama", features="none"))
+    about = subject(run)
+    losses, operations = open_outlook(about).trial(torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        sum(losses().values()).backward()  # type: ignore[union-attr]
+    assert operations == pytest.approx(counter.get_total_flops(), rel=0.15)
+    assert calibrate(about) > 1e6
+    monkeypatch.setattr(trials, "LARGEST", about.config.num_parameters - 1)
+    with pytest.raises(ValueError, match="billion parameters is not built to be timed; give --rate"):
+        calibrate(about)

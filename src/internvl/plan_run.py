@@ -24,22 +24,19 @@ from internvl.convert.layouts import read_config
 from internvl.data.loader import BatchSize
 from internvl.load import read_tokenizer
 from internvl.locate import locate
-from internvl.models.build import build
-from internvl.tokens import SPECIAL_TOKENS, token_id
-from internvl.train import cost, remedies
+from internvl.train import remedies
 from internvl.train.outlook import ChatOutlook, Outlook
 from internvl.train.outlook_pairs import PairOutlook
 from internvl.train.outlook_pictures import PictureOutlook
+from internvl.train.outlook_texts import TextOutlook
 from internvl.train.recipes.tiny import byte_tokenizer
 from internvl.train.rehearse import Memory
 from internvl.train.run import RunConfig
-from internvl.train.stages.sft import LOSS, Sft
+from internvl.train.trials import check_size
 from internvl.zoo import CHAT, DUAL, RELEASED
 
-PLANNED = ("sft", "align", "distill", *remedies.PAIRS)
+PLANNED = ("sft", "align", "distill", *remedies.DUAL)
 GPUS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
-LARGEST_CALIBRATED = 1_000_000_000
-"""Parameters of a model that is built for real to measure a rate."""
 BYTES_NOTE = (
     "the model's tokenizer is not here: texts count a position a byte, several times what they take; give --set "
     "model=FOLDER for the real count"
@@ -103,7 +100,7 @@ def subject(run: RunConfig, release: str = "") -> Subject:
     """Configuration and tokenizer of the run's model, from its folder where it is there."""
     if run.stage not in PLANNED:
         raise ValueError(f"stage {run.stage!r}; `internvl plan` knows runs of the stages {', '.join(PLANNED)}")
-    if run.stage in remedies.PAIRS:
+    if run.stage in remedies.DUAL:
         return _dual_subject(run)
     if run.model in CHAT and run.model != "pocket":
         return _with_bytes(run, CHAT[run.model])
@@ -135,7 +132,7 @@ def open_outlook(subject: Subject, gpus: int = 1) -> Outlook:
     """What the subject's stage has before it, on so many devices."""
     run, config, tokenizer = subject.run, subject.config, subject.tokenizer
     if isinstance(config, DualConfig):
-        return PairOutlook(run, config, tokenizer, gpus)
+        return (TextOutlook if run.stage == "text" else PairOutlook)(run, config, tokenizer, gpus)
     return ChatOutlook(run, config, tokenizer) if run.stage == "sft" else PictureOutlook(run, config, tokenizer)
 
 
@@ -208,37 +205,22 @@ def more_gpus(memory: Memory, limit: int, gpus: int) -> Change | None:
     return None
 
 
-def calibrate(subject: Subject) -> float:
-    """Operations a second of this machine, from two passes over a middling micro-batch with random weights."""
-    run, config = subject.run, subject.config
-    if run.stage != "sft" or isinstance(config, DualConfig):
-        raise ValueError(f"stage {run.stage!r} is not timed here; give --rate, in 10^12 operations a second")
-    if config.num_parameters > LARGEST_CALIBRATED:
-        raise ValueError(
-            f"a model of {config.num_parameters / 1e9:.1f} billion parameters is not built to be timed; give --rate, "
-            "in 10^12 operations a second, as a run of yours reached it"
-        )
-    loader = ChatOutlook(run, config, subject.tokenizer).loader
-    sizes = loader.sizes()
-    order = sorted(range(len(sizes)), key=lambda number: cost.operations(run, config, sizes[number], 0))
-    chosen = order[len(order) // 2]
-    batch = loader.make(chosen)
-    model = build(config)
-    model.image_token_id = token_id(subject.tokenizer, SPECIAL_TOKENS[2])
-    run = replace(run, compile=False, data=replace(run.data, features="none"))
-    stage = Sft(run, model, subject.tokenizer, loader, None)
+def calibrate(subject: Subject, gpus: int = 1) -> float:
+    """Operations a second of this machine, from passes over a middling micro-batch with random weights."""
+    run = subject.run
+    check_size(subject.config.num_parameters)
     device = torch.device("cuda" if torch.cuda.is_available() and run.device != "cpu" else "cpu")
-    learner = stage.begin(run, device)
-    learner.train_mode()
-    prepared = stage.prepare(batch).to(device)
+    losses, operations = open_outlook(subject, gpus).trial(device)
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
-            loss = stage.losses(prepared)[LOSS]
-        loss.backward()
+            total = torch.stack(list(losses().values())).sum()
+        total.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    return cost.operations(run, config, sizes[chosen], batch.num_learned) / statistics.median(seconds[1:])
+    return operations / statistics.median(seconds[1:])
 
 
 def _steps(work: list[float], window: int, gpus: int) -> Iterator[list[float]]:

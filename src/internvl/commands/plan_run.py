@@ -23,7 +23,13 @@ def main(options: Options) -> int:
     about = open_subject(options)
     device = "cpu" if about.run.device == "cpu" else "cuda"
     plan = plan_run(about, options.gpus, device)
-    rate = options.rate * TERA if options.rate is not None else calibrate(about) if options.calibrate else None
+    rate = (
+        options.rate * TERA
+        if options.rate is not None
+        else calibrate(about, options.gpus)
+        if options.calibrate
+        else None
+    )
     limit = None if options.memory is None else round(options.memory * GIB)
     need = plan.memory.on_gpus(options.gpus)
     fits = None if limit is None else need <= limit

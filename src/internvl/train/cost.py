@@ -71,15 +71,30 @@ class PairSize(NamedTuple):
     """Caption tokens that are scored."""
 
 
+def text_operations(run: RunConfig, config: DualConfig, positions: int, rows: int, among: int) -> float:
+    """Of a step of stage text over a rank's `rows` texts, padded to so many positions, beside `among` of all ranks."""
+    width, embed = config.language.width, config.embed_width
+    recomputed = run.pairs.micro_batch is not None and rows > run.pairs.micro_batch
+    learns, projects = run.language.learn != "frozen", run.connector.learn == "full"
+    projected = 2 * rows * width * embed * (1 + learns + projects + recomputed)
+    compared = 2 * rows * among * embed * 3  # the teacher's place, the text's, and back
+    return read_operations(run, config, positions, learns, recomputed) + projected + compared
+
+
+def read_operations(run: RunConfig, config: DualConfig, positions: int, behind: bool, recomputed: bool) -> float:
+    """Of the LLaMA of a dual model over so many positions; `behind`: something learns behind it, or in it."""
+    passes = _passes(run, behind, run.language.learn == "full") + (behind and recomputed)
+    return float(2 * positions * config.language.depth * config.language.matrix_parameters * passes)
+
+
 def pair_operations(run: RunConfig, config: DualConfig, size: PairSize, rows: int) -> float:
     """Of a step of the stages on pairs, of which a rank has `rows`; attention among text tokens is left out."""
     language, width = config.language, config.language.width
     recomputed = run.pairs.micro_batch is not None and rows > run.pairs.micro_batch
-    full, learns = run.language.learn == "full", run.language.learn != "frozen"
+    learns = run.language.learn != "frozen"
 
     def read(positions: int, behind: bool) -> float:
-        passes = _passes(run, behind, full) + (behind and recomputed)
-        return float(2 * positions * language.depth * language.matrix_parameters * passes)
+        return read_operations(run, config, positions, behind, recomputed)
 
     looks = run.data.features == "none"
     found = looks * vision_operations(run, config.vision, size.pairs, size.embedded, size.seen)

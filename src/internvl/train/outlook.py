@@ -1,15 +1,17 @@
 """What a run has before it: sizes and work of every micro-batch of an epoch, the worst of them, the memory of its step.
 
-One class a kind of stage behind one face: chat rows here, pairs and pictures in outlook_pairs.py and
-outlook_pictures.py; plan_run.py makes a plan of it. Only texts and headers of media are read.
+One class a kind of stage behind one face: chat rows here, pairs, texts and pictures in outlook_pairs.py,
+outlook_texts.py and outlook_pictures.py; plan_run.py makes a plan of it. Only texts and headers of media are read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
+
+import torch
 
 from internvl.batch import ChatBatch
 from internvl.config import ChatConfig
@@ -18,11 +20,12 @@ from internvl.train import cost
 from internvl.train.rehearse import Memory, rehearse
 from internvl.train.run import RunConfig
 from internvl.train.stages.sft import open_loader
+from internvl.train.trials import Trial, middling, try_chat
 
 
 @dataclass(frozen=True)
 class Worst:
-    """The micro-batch that takes the most memory, on one device."""
+    """A micro-batch on one device, such as the one that takes the most memory."""
 
     size: BatchSize
     learned: int
@@ -45,6 +48,9 @@ class Outlook(Protocol):
 
     def memory(self, device: str) -> Memory:
         """Of a step over the worst."""
+
+    def trial(self, device: torch.device) -> tuple[Trial, float]:
+        """A pass over a middling one with random weights, and its operations."""
 
 
 class ChatOutlook:
@@ -84,3 +90,10 @@ class ChatOutlook:
 
     def memory(self, device: str) -> Memory:
         return rehearse(self.run, self.config, self.tokenizer, self._batch, device)
+
+    def trial(self, device: torch.device) -> tuple[Trial, float]:
+        seen = replace(self.run, data=replace(self.run.data, features="none"))
+        chosen = middling([cost.operations(seen, self.config, size, 0) for size in self._sizes])
+        batch = self.loader.make(chosen)
+        losses = try_chat(seen, self.config, self.tokenizer, batch, device)
+        return losses, cost.operations(seen, self.config, self._sizes[chosen], batch.num_learned)

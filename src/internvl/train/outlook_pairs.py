@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -10,43 +9,36 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor
 
-from internvl.batch import PairBatch, Texts
+from internvl.batch import PairBatch
 from internvl.config import DualConfig
 from internvl.data.dual_texts import CAPTION_PROMPT, TEXT_PREFIX, DualTokeniser
 from internvl.data.loader import BatchSize
 from internvl.tokens import IGNORE_INDEX
 from internvl.train import cost
-from internvl.train.outlook import Worst
+from internvl.train.outlook_joint import JointOutlook, blank_texts
 from internvl.train.rehearse import Memory
 from internvl.train.rehearse_others import rehearse_pairs
 from internvl.train.run import RunConfig
 from internvl.train.stages.pairs import check, open_pairs
+from internvl.train.trials import Trial, try_pairs
 
 
-class PairOutlook:
-    """Pictures with captions, a part of each batch on every device: stages contrastive and generative."""
-
-    joint = True
+class PairOutlook(JointOutlook):
+    """Three forms of a text: to embed, to match, as captions."""
 
     def __init__(self, run: RunConfig, config: DualConfig, tokenizer: Any, gpus: int = 1) -> None:
         check(run)
         generative = run.stage == "generative"
-        self.run, self.config = run, replace(config, generative=True) if generative else config
         self.words = DualTokeniser(tokenizer, config.language)
         self.loader = open_pairs(run, config, self.words, "all" if generative else "contrast")
         self.side = self.loader.encoder.settings.side
-        if self.loader.samples % gpus:
-            raise ValueError(
-                f"data.batch_samples is {self.loader.samples} pairs a step, which {gpus} GPUs cannot share evenly; set "
-                f"it to a multiple of {gpus}"
-            )
-        self.rows = self.loader.samples // gpus
+        config = replace(config, generative=True) if generative else config
+        super().__init__(run, config, self.loader.samples, gpus, "pairs")
 
     @cached_property
     def lengths(self) -> Int[np.ndarray, "records 3"]:
-        """Most tokens of each record's texts: to embed, to match, as captions; a record without a text has none."""
+        """Most tokens of each record's texts; a record without a text has none."""
         found: list[list[int]] = []
         for number in range(self.loader.num_records):
             try:
@@ -61,31 +53,24 @@ class PairOutlook:
         return np.array(found)
 
     @cached_property
-    def _parts(self) -> list[Int[np.ndarray, "rows 3"]]:
-        """Text lengths of every device's part of every batch, in order."""
-        numbers = self.loader.numbers(len(self.loader) * self.loader.samples)
+    def parts(self) -> list[Int[np.ndarray, "rows 3"]]:
+        numbers = self.loader.numbers(len(self.loader) * self.samples)
         return [self.lengths[numbers[at : at + self.rows]] for at in range(0, len(numbers), self.rows)]
 
-    def sizes(self) -> list[BatchSize]:
-        return [_sum([self._size(part) for part in parts]) for parts in self._steps()]
+    def rehearsed(self, part: Int[np.ndarray, "rows 3"], device: str) -> Memory:
+        return rehearse_pairs(self.run, self.config, self.blank(part), self.side, device)
 
-    def work(self) -> list[float]:
-        return [sum(self._operations(part) for part in parts) for parts in self._steps()]
-
-    def worst(self) -> Worst:
-        part = self._worst
-        return Worst(self._size(part), self._learned(part), ())
-
-    def memory(self, device: str) -> Memory:
-        return rehearse_pairs(self.run, self.config, self.blank(self._worst), self.side, device)
+    def tried(self, part: Int[np.ndarray, "rows 3"], device: torch.device) -> Trial:
+        pixels = torch.zeros(len(part), 3, self.side, self.side, dtype=torch.uint8)
+        return try_pairs(self.run, self.config, replace(self.blank(part), pixels=pixels), device)
 
     def blank(self, part: Int[np.ndarray, "rows 3"]) -> PairBatch:
         """Texts of these lengths, without pictures."""
-        contrast, match, caption = (_texts(lengths) for lengths in part.T)
+        contrast, match, caption = (blank_texts(lengths) for lengths in part.T)
         whole, rows = self.run.stage == "generative", len(part)
         settings = self.loader.encoder.settings
         kept = torch.arange(settings.num_kept).expand(rows, -1) if settings.mask_share else None
-        labels = caption.ids.masked_fill(~caption.mask.bool(), IGNORE_INDEX)
+        labels = caption.ids.masked_fill(~caption.mask, IGNORE_INDEX)
         labels[:, : self._prompt] = IGNORE_INDEX
         return PairBatch(
             pixels=torch.empty(0, 3, self.side, self.side, dtype=torch.uint8),
@@ -99,39 +84,22 @@ class PairOutlook:
             labels=labels if whole else None,
         )
 
-    def _steps(self) -> Iterator[list[Int[np.ndarray, "rows 3"]]]:
-        count = self.loader.samples // self.rows
-        return (self._parts[at : at + count] for at in range(0, len(self._parts), count))
-
-    @cached_property
-    def _worst(self) -> Int[np.ndarray, "rows 3"]:
-        return max(self._parts, key=lambda part: int(part.max(0).sum()))
-
     @cached_property
     def _prompt(self) -> int:
         """Tokens of a caption that are not learned."""
         return len(self.words.row(CAPTION_PROMPT, end=False).ids) - 1
 
-    def _learned(self, part: Int[np.ndarray, "rows 3"]) -> int:
+    def learned(self, part: Int[np.ndarray, "rows 3"]) -> int:
         return int((part[:, 2] - self._prompt).sum()) if self.run.stage == "generative" else int(part[:, 0].sum())
 
-    def _size(self, part: Int[np.ndarray, "rows 3"]) -> BatchSize:
+    def size(self, part: Int[np.ndarray, "rows 3"]) -> BatchSize:
         used = part if self.run.stage == "generative" else part[:, :1]
         return BatchSize(len(part), int(used.sum()), len(part) * int(used.max(0).sum()), 0, len(part))
 
-    def _operations(self, part: Int[np.ndarray, "rows 3"]) -> float:
+    def operations(self, part: Int[np.ndarray, "rows 3"]) -> float:
         settings, rows = self.loader.encoder.settings, len(part)
         contrast, match, caption = (rows * int(longest) for longest in part.max(0))
         size = cost.PairSize(
-            rows, settings.num_patches + 1, settings.num_kept + 1, contrast, match, caption, self._learned(part)
+            rows, settings.num_patches + 1, settings.num_kept + 1, contrast, match, caption, self.learned(part)
         )
         return cost.pair_operations(self.run, self.config, size, rows)
-
-
-def _texts(lengths: Int[np.ndarray, " rows"]) -> Texts:
-    mask: Tensor = torch.arange(int(lengths.max())) < torch.from_numpy(lengths)[:, None]
-    return Texts(mask.long(), mask.long())
-
-
-def _sum(sizes: Sequence[BatchSize]) -> BatchSize:
-    return BatchSize(*(sum(values) for values in zip(*sizes, strict=True)))

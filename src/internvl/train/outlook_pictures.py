@@ -25,7 +25,8 @@ from internvl.train.rehearse_others import rehearse_align, rehearse_distill
 from internvl.train.run import RunConfig
 from internvl.train.stages.align import BACKGROUND_TOKENS, Align
 from internvl.train.stages.distill import pictures_of
-from internvl.train.teachers import sketch_teacher
+from internvl.train.teachers import Teacher, sketch_teacher
+from internvl.train.trials import Trial, middling, try_align, try_distill
 
 
 class PictureOutlook:
@@ -74,19 +75,32 @@ class PictureOutlook:
 
     def worst(self) -> Worst:
         batches = self._batches()
-        heaviest = max(range(len(batches)), key=lambda n: sum(self.counts[number] for number in batches[n]))
-        size, chosen = self.sizes()[heaviest], batches[heaviest]
-        if self.run.stage == "distill":
-            return Worst(size, size.tokens, tuple(self.pictures[number] for number in chosen))
-        return Worst(size, sum(self.counts[number] for number in chosen), ())
+        return self._of(max(range(len(batches)), key=lambda n: sum(self.counts[number] for number in batches[n])))
 
     def memory(self, device: str) -> Memory:
         worst = self.worst()
         if self.run.stage == "distill":
-            dtype = torch.bfloat16 if self.run.precision == "bf16" else torch.float32
-            teacher = sketch_teacher(self.run.distill.teacher, dtype)
-            return rehearse_distill(self.run, self.config, teacher, worst.size.tiles, device)
+            return rehearse_distill(self.run, self.config, self._teacher(), worst.size.tiles, device)
         return rehearse_align(self.run, self.config, self._cells(worst), self._num_words(), device)
+
+    def trial(self, device: torch.device) -> tuple[Trial, float]:
+        work = self.work()
+        chosen = middling(work)
+        batch = self._of(chosen)
+        if self.run.stage == "distill":
+            return try_distill(self.run, self.config, self._teacher(), batch.size.tiles, device), work[chosen]
+        return try_align(self.run, self.config, self._cells(batch), self._num_words(), device), work[chosen]
+
+    def _of(self, place: int) -> Worst:
+        """A batch by its place in the first epoch."""
+        size, chosen = self.sizes()[place], self._batches()[place]
+        if self.run.stage == "distill":
+            return Worst(size, size.tokens, tuple(self.pictures[number] for number in chosen))
+        return Worst(size, sum(self.counts[number] for number in chosen), ())
+
+    def _teacher(self) -> Teacher:
+        dtype = torch.bfloat16 if self.run.precision == "bf16" else torch.float32
+        return sketch_teacher(self.run.distill.teacher, dtype)
 
     def _batches(self) -> list[list[int]]:
         """Numbers of the pictures of every batch of the first epoch, as the stage deals them (stages/pictures.py)."""
@@ -116,9 +130,9 @@ class PictureOutlook:
         stage = Align(self.run, build(self.config, device="meta"), self.tokenizer, read_sets(self.run.data.meta))
         return len(stage.words)
 
-    def _cells(self, worst: Worst) -> Cells:
+    def _cells(self, batch: Worst) -> Cells:
         """So many tokens with a word and a place each."""
-        side, tiles, looked = self.config.tile_size, worst.size.tiles, worst.learned
+        side, tiles, looked = self.config.tile_size, batch.size.tiles, batch.learned
         digests = tuple(b"" for _ in range(tiles)) if self.run.data.features != "none" else ()
         pixels = torch.zeros(0 if digests else tiles, 3, side, side, dtype=torch.uint8)
         places = torch.arange(looked)

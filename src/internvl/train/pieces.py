@@ -8,14 +8,19 @@ the generators of the first pass back for the second, so drop path falls alike i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from internvl.parallel import collectives
+
 CALL = 100
 """What one more group of rows costs, in positions: its products are smaller (two cores, twelve layers of 576)."""
+GROUPS = 4
+"""Of rows on several ranks."""
 
 
 def in_pieces(encode: Callable[..., Tensor], inputs: Sequence[Tensor], size: int | None) -> Tensor:
@@ -40,11 +45,20 @@ def by_length(encode: Callable[..., Tensor], ids: Tensor, mask: Tensor, *more: T
     lengths = mask.sum(1)
     order = lengths.argsort()
     ordered = lengths[order].tolist()
-    groups = [(rows, int(lengths[rows[-1]])) for rows in order.split(groups_of(ordered, call))]
+    sizes = group_sizes(ordered, collectives.num_ranks(), call)
+    groups = [(rows, int(lengths[rows[-1]])) for rows in order.split(sizes)]
     encoded = torch.cat(
         [encode(ids[rows, :longest], mask[rows, :longest], *(x[rows] for x in more)) for rows, longest in groups]
     )
     return encoded[order.argsort()]
+
+
+def group_sizes(lengths: Sequence[int], ranks: int, call: int) -> list[int]:
+    """Sizes of groups of neighbours in `lengths`, ascending. Ranks gather a sharded block at every call, so all must make
+    as many, whatever their lengths are: there, GROUPS equal ones."""
+    if ranks == 1:
+        return groups_of(lengths, call)
+    return [len(part) for part in torch.arange(len(lengths)).chunk(GROUPS)]
 
 
 def groups_of(lengths: Sequence[int], call: int) -> list[int]:
@@ -63,3 +77,12 @@ def groups_of(lengths: Sequence[int], call: int) -> list[int]:
         sizes.append(end - begins[end])
         end = begins[end]
     return sizes[::-1]
+
+
+def padded_positions(lengths: Sequence[int], size: int | None, ranks: int) -> int:
+    """Positions that `texts_in_pieces` encodes on one of so many ranks of texts of these lengths."""
+    if size is not None:
+        return len(lengths) * max(lengths)
+    ordered = sorted(lengths)
+    sizes = group_sizes(ordered, ranks, CALL)
+    return sum(rows * ordered[end - 1] for rows, end in zip(sizes, accumulate(sizes), strict=True))

@@ -233,7 +233,7 @@ class Blank:
     model: ChatModel
 
     def _features(self, tiles: Tensor) -> Tensor:
-        return self.model.look(torch.zeros(tiles.shape))
+        return self.model.look(torch.zeros(tiles.shape, device=tiles.device))
 
 
 class _Rehearsal(Blank, Sft):
@@ -260,4 +260,5 @@ class Kept:
         config = self.model.config
         positions = config.num_queries + (config.tile_size // config.vision.patch_size) ** 2
         width = max(config.vision.width, 0 if config.queries is None else config.queries.language.width)
-        return torch.zeros(positions, width, dtype=next(self.model.vision.parameters()).dtype)
+        first = next(self.model.vision.parameters())
+        return torch.zeros(positions, width, dtype=first.dtype, device=first.device)

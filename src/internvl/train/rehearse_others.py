@@ -1,6 +1,7 @@
-"""Steps of the stages on pairs, of distillation and of alignment, rehearsed: what stays, what passes, at the peak.
+"""Steps of stages of dual models, of distillation and of alignment, rehearsed: what stays, what passes, at the peak.
 
-As rehearse.py does it for chat rows: the stage's own code on tensors without memory. Whole numbers stay real.
+As rehearse.py does it for chat rows: the stage's own code on tensors without memory. Whole numbers stay real. The
+stages without data that stand here also run for real, for their time (trials.py).
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from internvl.batch import PairBatch
+from internvl.batch import PairBatch, TextBatch
 from internvl.config import ChatConfig, DualConfig
 from internvl.models.build import build, build_dual
-from internvl.models.chat import ChatModel
 from internvl.models.contrastive import DualModel
 from internvl.models.internvit import InternViT
 from internvl.train import trainable
@@ -27,6 +27,7 @@ from internvl.train.stages.contrastive import Contrastive
 from internvl.train.stages.distill import DistillStage, Tiles, projection
 from internvl.train.stages.generative import Generative
 from internvl.train.stages.pairs import PairStage
+from internvl.train.stages.text import TextStage, factors
 from internvl.train.students import Student
 from internvl.train.teachers import Teacher, last_states, pool_grid
 from internvl.train.weightless import Numbers, weightless
@@ -35,7 +36,7 @@ from internvl.train.weightless import Numbers, weightless
 def rehearse_pairs(run: RunConfig, config: DualConfig, batch: PairBatch, side: int, device: str = "cuda") -> Memory:
     """Memory of a step over one rank's part of a batch; `batch` needs no pixels, they are `side` px wide."""
     model = build_dual(config, device="meta")
-    stage = _Images(run, model) if run.stage == "contrastive" else _Queries(run, model)
+    stage = unread(run, model)
     learner = stage.begin(replace(run, compile=False), torch.device("meta"))
     with weightless(model):
         learned = learned_of(model)
@@ -54,6 +55,11 @@ def rehearse_pairs(run: RunConfig, config: DualConfig, batch: PairBatch, side: i
             )
 
 
+def unread(run: RunConfig, model: DualModel) -> PairStage:
+    """The stage of a run on pairs, without pairs."""
+    return _Images(run, model) if run.stage == "contrastive" else _Queries(run, model)
+
+
 class _Unread(PairStage):
     """A stage on pairs without pairs, and without pixels."""
 
@@ -63,12 +69,12 @@ class _Unread(PairStage):
     def features(self, batch: PairBatch) -> Float[Tensor, "pairs positions dim"]:
         if self.run.data.features == "none":
             return super().features(batch)
-        vision = self.model.vision
+        shape = (batch.num_pairs, self.model.vision.config.num_positions, self.model.vision.config.width)
         dtype = torch.bfloat16 if self.run.precision == "bf16" else torch.float32
-        return torch.zeros(batch.num_pairs, vision.config.num_positions, vision.config.width, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype, device=batch.valid.device)
 
     def _look(self, pixels: Tensor, kept: Tensor | None = None) -> Float[Tensor, "pairs positions dim"]:
-        out: Tensor = self.model.vision(torch.zeros(pixels.shape), kept=kept)
+        out: Tensor = self.model.vision(torch.zeros(pixels.shape, device=pixels.device), kept=kept)
         return out
 
 
@@ -80,6 +86,43 @@ class _Queries(_Unread, Generative):
     """Stage 2."""
 
 
+def rehearse_text(
+    run: RunConfig, config: DualConfig, batch: TextBatch, num_english: int, device: str = "cuda"
+) -> Memory:
+    """Memory of a step of stage text over one rank's part of a batch, beside what is known of so many English texts.
+
+    The teacher spoke before, and lies on the host.
+    """
+    model = build_dual(config, device="meta")
+    stage = Unheard(run, model)
+    learner = stage.begin(replace(run, compile=False), torch.device("meta"))
+    with weightless(model):
+        learned = learned_of(model)
+        replace(learner, parameters=learned).train_mode()
+        stage.targets = torch.zeros(num_english, config.embed_width, dtype=torch.float16)
+        with Numbers():
+            return alive(
+                run,
+                list(learned.values()),
+                [*model.parameters(), *model.buffers(), stage.targets],
+                lambda: stage.losses(batch),
+                given=[batch.texts.ids, batch.texts.mask],
+                vocab_size=config.language.vocab_size,
+                largest_unit=largest(model, model.qllama.embed_tokens),
+                device=device,
+            )
+
+
+class Unheard(TextStage):
+    """The stage without texts, and without a teacher."""
+
+    def __init__(self, run: RunConfig, model: DualModel) -> None:
+        self.run, self.model, self.coefficients = run, model, factors(run)
+
+    def _listen(self, device: torch.device) -> None:
+        """Whoever makes it gives it targets."""
+
+
 def rehearse_align(run: RunConfig, config: ChatConfig, batch: Cells, num_words: int, device: str = "cuda") -> Memory:
     """Memory of a step of the align stage; the language model lies beside it and does not run."""
     model = build(plain(config), device="meta")
@@ -87,7 +130,7 @@ def rehearse_align(run: RunConfig, config: ChatConfig, batch: Cells, num_words: 
     with weightless(model):
         learned = learned_of(model)
         replace(learner, parameters=learned).train_mode()
-        stage = _Placing(run, model, num_words)
+        stage = Placing(run, model, num_words)
         with Numbers():
             return alive(
                 run,
@@ -99,7 +142,7 @@ def rehearse_align(run: RunConfig, config: ChatConfig, batch: Cells, num_words: 
             )
 
 
-class _Placing(Blank, Align):
+class Placing(Blank, Align):
     """The stage without records."""
 
     def __init__(self, run: RunConfig, model: Any, num_words: int) -> None:
@@ -114,19 +157,12 @@ def rehearse_distill(
     run: RunConfig, config: ChatConfig | DualConfig, teacher: Teacher, num_tiles: int, device: str = "cuda"
 ) -> Memory:
     """Memory of a step of distillation over so many tiles: student, its projections, the teacher beside."""
-    model: ChatModel | DualModel
-    model = build(plain(config), device="meta") if isinstance(config, ChatConfig) else build_dual(config, device="meta")
-    student = Student(model)
-    learner = student.choose(run)
-    student.vision.checkpointing = run.grad_checkpoint
-    with torch.device("meta"):
-        behind = nn.ModuleList(
-            projection(student.width, teacher.width, run.distill.projection) for _ in range(run.distill.layers)
-        )
+    student, learner, behind = follower(run, config, teacher, torch.device("meta"))
+    model = student.model
     with weightless(model, behind, teacher.module):
         learned = learned_of(model)
         replace(learner, parameters=learned).train_mode()
-        stage = _Student(run, student, teacher, list(behind))
+        stage = Following(run, student, teacher, list(behind))
         tiles = torch.empty(num_tiles, 3, student.side, student.side, dtype=torch.uint8)
         batch = Tiles(tiles, ())
         with Numbers():
@@ -141,7 +177,24 @@ def rehearse_distill(
             )
 
 
-class _Student(DistillStage):
+def follower(
+    run: RunConfig, config: ChatConfig | DualConfig, teacher: Teacher, device: torch.device
+) -> tuple[Student, trainable.Learner, nn.ModuleList]:
+    """The student, with what learns of it chosen, and its projections."""
+    if isinstance(config, ChatConfig):
+        student = Student(build(plain(config), device=device))
+    else:
+        student = Student(build_dual(config, device=device))
+    learner = student.choose(run)
+    student.vision.checkpointing = run.grad_checkpoint
+    with device:
+        behind = nn.ModuleList(
+            projection(student.width, teacher.width, run.distill.projection) for _ in range(run.distill.layers)
+        )
+    return student, learner, behind
+
+
+class Following(DistillStage):
     """The stage without pictures."""
 
     def __init__(self, run: RunConfig, student: Student, teacher: Teacher, behind: list[nn.Module]) -> None:
@@ -154,16 +207,17 @@ class _Student(DistillStage):
         if self.settings.features == "none":
             return self._taught(batch.tiles).float()
         shape = (len(batch.tiles), self.settings.layers, self.side**2 + 1, self.teacher.width)
-        return torch.zeros(shape, dtype=torch.bfloat16).float()
+        return torch.zeros(shape, dtype=torch.bfloat16, device=batch.tiles.device).float()
 
     def _pixels(self, tiles: Tensor) -> Float[Tensor, "tiles 3 side side"]:
-        return torch.zeros(tiles.shape)
+        return torch.zeros(tiles.shape, device=tiles.device)
 
     @torch.no_grad()
     def _taught(self, tiles: Tensor) -> Float[Tensor, "tiles states positions width"]:
         teacher = self.teacher
         if not isinstance(teacher.module, InternViT):
             return super()._taught(tiles)
-        pixels = torch.zeros(len(tiles), 3, teacher.side, teacher.side, dtype=next(teacher.module.parameters()).dtype)
+        shape, first = (len(tiles), 3, teacher.side, teacher.side), next(teacher.module.parameters())
+        pixels = torch.zeros(shape, dtype=first.dtype, device=first.device)
         found = last_states(teacher.module, pixels, teacher.tap, self.settings.layers)
         return pool_grid(torch.stack(found, dim=1), self.side).to(torch.bfloat16)

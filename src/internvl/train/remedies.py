@@ -10,7 +10,8 @@ from typing import Any
 from internvl.train.run import RunConfig
 from internvl.train.settings import Part
 
-PAIRS = ("contrastive", "generative")
+DUAL = ("contrastive", "generative", "text")
+"""Stages whose batch is one over all devices: a smaller one would be another loss."""
 Transform = Callable[[RunConfig], RunConfig]
 PASSING = frozenset(("micro-batches", "--pairs.micro-batch", "--grad-checkpoint", "--data.max-tiles"))
 """Kinds of changes that touch what passes through a step, not what stays."""
@@ -18,9 +19,9 @@ PASSING = frozenset(("micro-batches", "--pairs.micro-batch", "--grad-checkpoint"
 
 def singles(run: RunConfig) -> Iterator[tuple[str, str, Transform]]:
     """(what, at which price, how), cheapest first."""
-    if run.stage in PAIRS:
+    if run.stage in DUAL:
         yield from _pieces(run)
-    for parts in (2, 4, 8, 16, 32, 64) if run.stage not in PAIRS else ():
+    for parts in (2, 4, 8, 16, 32, 64) if run.stage not in DUAL else ():
         samples, tokens = run.data.batch_samples, run.data.batch_tokens
         if (samples is None or samples >= parts) and (tokens is None or tokens >= 64 * parts):
             words = f"micro-batches of a {parts}th, accumulate {run.accumulate * parts}"
@@ -44,7 +45,7 @@ def singles(run: RunConfig) -> Iterator[tuple[str, str, Transform]]:
 
 
 def _pieces(run: RunConfig) -> Iterator[tuple[str, str, Transform]]:
-    """Fewer pairs embedded at a time."""
+    """Fewer pairs or texts embedded at a time."""
     size = run.pairs.micro_batch or run.data.batch_samples or 16
     while size > 1:
         size = -(-size // 2)
