@@ -238,6 +238,19 @@ def test_lines_without_english_are_counted_in_the_run(inputs: Path, tmp_path: Pa
         open_stage(replace(run, data=replace(data, on_error="error")))
 
 
+def test_sets_come_in_the_shares_of_the_run(inputs: Path, tmp_path: Path) -> None:
+    """By the square root of how many they are."""
+    lines = (inputs / "texts.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(line for line in lines if '"en"' in line and "beside b" in line))
+    sets = {"many": {"annotation": str(inputs / "texts.jsonl")}, "few": {"annotation": str(tmp_path / "few.jsonl")}}
+    (tmp_path / "meta.json").write_text(json.dumps(sets))
+    stage: Any = open_stage(text_run(inputs, tmp_path, data=Data(meta=str(tmp_path / "meta.json"), shares="sqrt")))
+    many, few = (data.repeat * len(data) for data in stage.loader.sets)
+    sizes = [len(data) for data in stage.loader.sets]
+    assert many + few == pytest.approx(sum(sizes))
+    assert many / few == pytest.approx((sizes[0] / sizes[1]) ** 0.5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

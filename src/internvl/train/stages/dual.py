@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from internvl.data.mixture import DataSet, by_square_root, read_sets
 from internvl.load_dual import LoadedDual
 from internvl.models.contrastive import DualModel
 from internvl.train import dual
@@ -119,6 +120,12 @@ def with_tokenizer(run: RunConfig, loaded: LoadedDual) -> LoadedDual:
     if loaded.tokenizer is None:
         raise ValueError(f"{run.model} has no tokenizer; put its tokenizer.json or tokenizer.model beside the weights")
     return loaded
+
+
+def sets_of(run: RunConfig, learning: bool) -> list[DataSet]:
+    """What is learned from, in the shares that the run says; or what is held out."""
+    sets = read_sets(run.data.meta if learning else run.data.held_out)
+    return by_square_root(sets) if learning and run.data.shares == "sqrt" else sets
 
 
 def check_dual(run: RunConfig, what: str) -> None:

@@ -15,7 +15,6 @@ from internvl.config import DualConfig
 from internvl.data.dual_texts import DualTokeniser
 from internvl.data.image_text import Forms, PairEncoder, PairSettings
 from internvl.data.images import normalise
-from internvl.data.mixture import by_square_root, read_sets
 from internvl.data.pair_loader import PairLoader
 from internvl.load_dual import LoadedDual
 from internvl.parallel import collectives
@@ -23,7 +22,7 @@ from internvl.train.dual import DualLearner
 from internvl.train.features import MemoryStore
 from internvl.train.joint import groups
 from internvl.train.run import RunConfig
-from internvl.train.stages.dual import DualStage, check_dual
+from internvl.train.stages.dual import DualStage, check_dual, sets_of
 
 VISION_PIECE = 64
 """Pictures that a frozen vision encoder sees at a time where the run does not say."""
@@ -97,9 +96,7 @@ def open_pairs(
     settings = PairSettings(pairs.side or config.side, config.vision.patch_size, forms=forms)
     if learning:
         settings = replace(settings, area=(pairs.area[0], pairs.area[1]), mask_share=pairs.mask_share)
-    sets = read_sets(data.meta if learning else data.held_out)
-    if learning and data.shares == "sqrt":
-        sets = by_square_root(sets)
+    sets = sets_of(run, learning)
     if not learning and data.held_out_samples is not None:
         share = min(1.0, data.held_out_samples / sum(len(some) for some in sets))
         sets = [replace(some, repeat=share) for some in sets]

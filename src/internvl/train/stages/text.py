@@ -15,7 +15,6 @@ from torch import Tensor
 
 from internvl.batch import TextBatch
 from internvl.data.dual_texts import DualTokeniser
-from internvl.data.mixture import read_sets
 from internvl.data.translations import TextLoader
 from internvl.load_dual import LoadedDual, load_dual
 from internvl.parallel import collectives
@@ -24,7 +23,7 @@ from internvl.train.losses import neighbours_sum
 from internvl.train.pieces import texts_in_pieces
 from internvl.train.run import RunConfig
 from internvl.train.sentences import SentenceEncoder, kept_vectors, open_sentences
-from internvl.train.stages.dual import DualStage, check_dual, with_tokenizer
+from internvl.train.stages.dual import DualStage, check_dual, sets_of, with_tokenizer
 
 NEIGHBOURS, COSINE = "neighbours", "cosine"
 KEPT = "teacher.safetensors"
@@ -139,7 +138,7 @@ def open_texts(run: RunConfig, words: DualTokeniser, learning: bool = True) -> T
     """The texts of a run. Held-out ones are shown whole, in order, on every rank; one without English ends the run."""
     data = run.data
     return TextLoader(
-        read_sets(data.meta if learning else data.held_out),
+        sets_of(run, learning),
         words,
         data.batch_samples or 16,
         seed=run.seed,
