@@ -53,6 +53,10 @@ def inputs(folder: Path) -> None:
         file.write('{"image": "gone.png", "caption": "red beside nothing"}\n')
     tiny_text.write_tiny_teacher(folder / "teacher")
     tiny_text.write_tiny_texts(folder / "texts.jsonl")
+    with (folder / "texts.jsonl").open("a", encoding="utf-8") as file:  # one rank alone would encode it apart
+        file.write(
+            '{"caption": "red beside blue beside red beside blue beside red beside blue beside red beside blue"}\n'
+        )
     tiny_text.write_tiny_texts(folder / "held_out_texts.jsonl", "under")
 
 

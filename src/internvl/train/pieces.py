@@ -54,8 +54,8 @@ def by_length(encode: Callable[..., Tensor], ids: Tensor, mask: Tensor, *more: T
 
 
 def group_sizes(lengths: Sequence[int], ranks: int, call: int) -> list[int]:
-    """Sizes of groups of neighbours in `lengths`, ascending. Ranks gather a sharded block at every call, so all must make
-    as many, whatever their lengths are: there, GROUPS equal ones."""
+    """Sizes of groups of neighbours in `lengths`, ascending. Ranks gather a sharded block at every call, so all make as
+    many, whatever their lengths are: GROUPS equal ones."""
     if ranks == 1:
         return groups_of(lengths, call)
     return [len(part) for part in torch.arange(len(lengths)).chunk(GROUPS)]
