@@ -119,7 +119,7 @@ class TextLoader:
 
     def _meaningful(self, numbers: Numbers) -> Int[np.ndarray, " kept"]:
         """Those of lines that are not left out."""
-        found = numbers[self._usable[numbers]]
+        found: Int[np.ndarray, " kept"] = numbers[self._usable[numbers]]
         if not len(found):
             raise ValueError(f"an epoch without a usable line; the last: {list(self.skipped.values())[-1]}")
         return found
