@@ -19,11 +19,10 @@ from internvl.train.dry import write_model, write_records
 from internvl.train.outlook_pairs import PairOutlook
 from internvl.train.outlook_texts import TextOutlook
 from internvl.train.recipes import tiny_text, v1_0
-from internvl.train.rehearse_others import rehearse_distill, rehearse_pairs, rehearse_text
+from internvl.train.rehearse_others import rehearse_pairs, rehearse_text
 from internvl.train.run import RunConfig
 from internvl.train.settings import Data, Distill, Pairs, Part, Schedule, Text
 from internvl.train.stages import open_stage
-from internvl.train.teachers import sketch_teacher
 from test_plan_run import MEASURES
 from tiny import tiny_chat_config
 
@@ -153,16 +152,21 @@ def test_the_plan_of_texts_is_made_of_the_batches_of_the_run(inputs: Path) -> No
     assert not any("accumulate" in change.words or "max-tiles" in change.words for change in found)
 
 
+@pytest.mark.parametrize("student", ["chat", "dual"])
 @pytest.mark.parametrize("features", ["none", "memory"])
-def test_rehearsed_memory_of_distillation(inputs: Path, features: Any) -> None:
-    run = of_pictures(inputs, "distill", distill=Distill("tiny-6b-llama", layers=2, relation=1.0, features=features))
+def test_planned_memory_of_distillation(inputs: Path, student: str, features: Any) -> None:
+    """A chat model cuts pictures into tiles, InternVL-G sees each as one."""
+    distill = Distill("tiny-6b-llama", layers=2, relation=1.0, features=features)
+    run = of_pictures(inputs, "distill", model=str(inputs / student), distill=distill)
     found, stage, batch = MEASURES.measured_stage(run)
-    teacher = sketch_teacher(run.distill.teacher)
-    planned = rehearse_distill(run, stage.model.config, teacher, len(batch.tiles), "cpu")
-    assert planned.peak == pytest.approx(found, rel=0.1)
-    assert planned.learned == sum(p.numel() for p in stage.model.vision.parameters()) + sum(
+    plan = plan_run(subject(run), 1, "cpu")
+    assert plan.memory.peak == pytest.approx(found, rel=0.1)
+    assert plan.memory.learned == sum(p.numel() for p in stage.model.vision.parameters()) + sum(
         p.numel() for behind in stage.projections for p in behind.parameters()
     )
+    assert (plan.worst.tiles, plan.samples, plan.micro_batches) == (len(batch.tiles), 6, 1)
+    assert plan.tokens == len(batch.tiles) * stage.model.config.vision.num_positions
+    assert calibrate(subject(run)) > 1e6
 
 
 @pytest.mark.parametrize("vision", ["full", "frozen"])

@@ -22,12 +22,13 @@ from internvl.convert.dual import from_official
 from internvl.convert.files import read_json
 from internvl.convert.layouts import read_config
 from internvl.data.loader import BatchSize
+from internvl.generate.opening import is_dual_name
 from internvl.load import read_tokenizer
 from internvl.locate import locate
 from internvl.train import remedies
 from internvl.train.outlook import ChatOutlook, Outlook
 from internvl.train.outlook_pairs import PairOutlook
-from internvl.train.outlook_pictures import PictureOutlook
+from internvl.train.outlook_pictures import AlignOutlook, DistillOutlook
 from internvl.train.outlook_texts import TextOutlook
 from internvl.train.recipes.tiny import byte_tokenizer
 from internvl.train.rehearse import Memory
@@ -100,7 +101,7 @@ def subject(run: RunConfig, release: str = "") -> Subject:
     """Configuration and tokenizer of the run's model, from its folder where it is there."""
     if run.stage not in PLANNED:
         raise ValueError(f"stage {run.stage!r}; `internvl plan` knows runs of the stages {', '.join(PLANNED)}")
-    if run.stage in remedies.DUAL:
+    if run.stage in remedies.DUAL or (run.stage == "distill" and _names_dual(run.model)):
         return _dual_subject(run)
     if run.model in CHAT and run.model != "pocket":
         return _with_bytes(run, CHAT[run.model])
@@ -112,6 +113,11 @@ def subject(run: RunConfig, release: str = "") -> Subject:
     config = read_config(folder)
     tokenizer = read_tokenizer(folder, config.language)
     return Subject(run, config, tokenizer) if tokenizer is not None else _with_bytes(run, config)
+
+
+def _names_dual(model: str) -> bool:
+    """Whether it is InternVL-C or -G; a run of `pocket-dual` is known by its name before it has left anything."""
+    return is_dual_name(model) or ("pocket-dual" in model.replace("_", "-") and not Path(model).exists())
 
 
 def _dual_subject(run: RunConfig) -> Subject:
@@ -131,9 +137,11 @@ def _dual_subject(run: RunConfig) -> Subject:
 def open_outlook(subject: Subject, gpus: int = 1) -> Outlook:
     """What the subject's stage has before it, on so many devices."""
     run, config, tokenizer = subject.run, subject.config, subject.tokenizer
+    if run.stage == "distill":
+        return DistillOutlook(run, config)
     if isinstance(config, DualConfig):
         return (TextOutlook if run.stage == "text" else PairOutlook)(run, config, tokenizer, gpus)
-    return ChatOutlook(run, config, tokenizer) if run.stage == "sft" else PictureOutlook(run, config, tokenizer)
+    return (ChatOutlook if run.stage == "sft" else AlignOutlook)(run, config, tokenizer)
 
 
 def plan_run(subject: Subject, gpus: int = 1, device: str = "cuda") -> RunPlan:

@@ -155,6 +155,14 @@ def test_two_ranks_equal_one(inputs: Path, tmp_path: Path) -> None:
         assert_alike({name: (ranks[0][1][name] + ranks[1][1][name]) / 2 for name in grads}, grads)
 
 
+def test_padding_at_the_begin_of_rows_is_kept() -> None:
+    """Only what no row of a group needs is cut."""
+    model, generator = tiny_dual(), torch.Generator().manual_seed(4)
+    mask = torch.arange(20) >= torch.tensor([17, 2, 16, 0])[:, None]
+    ids = torch.randint(3, 90, mask.shape, generator=generator) * mask
+    assert_close(by_length(model.encode_text, ids, mask, call=1), model.encode_text(ids, mask), rtol=1e-4, atol=1e-6)
+
+
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=7).map(sorted), st.integers(0, 20))
 def test_groups_of_like_length_need_fewest_positions(lengths: list[int], call: int) -> None:
     def cost(sizes: list[int]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property, partial
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from internvl.config import ChatConfig
+from internvl.config import ChatConfig, DualConfig
 from internvl.data.images import header_size
 from internvl.data.loader import BatchSize
 from internvl.data.mixture import read_sets
@@ -29,24 +30,74 @@ from internvl.train.teachers import Teacher, sketch_teacher
 from internvl.train.trials import Trial, middling, try_align, try_distill
 
 
-class PictureOutlook:
-    """Pictures as tiles, without the language model: stages distill and align."""
+class PictureOutlook(ABC):
+    """Pictures as tiles, without the language model, dealt as stages/pictures.py deals them."""
 
     joint = False
+    counts: list[int]
+    """What each picture weighs in a batch."""
 
-    def __init__(self, run: RunConfig, config: ChatConfig, tokenizer: Any) -> None:
-        self.run, self.tokenizer = run, tokenizer
-        most = run.data.max_tiles
-        self.config = config if most is None else replace(config, max_tiles=most)
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
         self.size = run.data.batch_samples or 16
 
+    @abstractmethod
+    def batch(self, chosen: list[int]) -> Worst:
+        """Of these pictures, by number."""
+
+    @abstractmethod
+    def operations(self, tiles: int) -> float: ...
+
+    @abstractmethod
+    def memory(self, device: str) -> Memory: ...
+
+    @abstractmethod
+    def attempt(self, batch: Worst, device: torch.device) -> Trial:
+        """A step over such a batch."""
+
+    def sizes(self) -> list[BatchSize]:
+        return [self.batch(chosen).size for chosen in self.batches()]
+
+    def work(self) -> list[float]:
+        return [self.operations(size.tiles) for size in self.sizes()]
+
+    def worst(self) -> Worst:
+        return self.batch(max(self.batches(), key=lambda chosen: sum(self.counts[number] for number in chosen)))
+
+    def trial(self, device: torch.device) -> tuple[Trial, float]:
+        work = self.work()
+        chosen = middling(work)
+        return self.attempt(self.batch(self.batches()[chosen]), device), work[chosen]
+
+    def batches(self) -> list[list[int]]:
+        """Numbers of the pictures of every batch of the first epoch."""
+        order = np.random.default_rng((self.run.seed, 0)).permutation(len(self.counts)).tolist()
+        if self.size > len(order):
+            raise ValueError(f"data.batch_samples is {self.size} but there are {len(order)} pictures; lower it")
+        return [order[at : at + self.size] for at in range(0, len(order) - self.size + 1, self.size)]
+
+
+class DistillOutlook(PictureOutlook):
+    """Stage distill; `counts` are tiles."""
+
+    def __init__(self, run: RunConfig, config: ChatConfig | DualConfig) -> None:
+        super().__init__(run)
+        most = run.data.max_tiles
+        if isinstance(config, ChatConfig) and most is not None:
+            config = replace(config, max_tiles=most)
+        self.config = config
+        side = config.tile_size if isinstance(config, ChatConfig) else config.side
+        self.positions = (side // config.vision.patch_size) ** 2 + 1
+        """Of a tile."""
+
     @cached_property
-    def counts(self) -> list[int]:
-        """Tiles of every picture; in the align stage, tokens that are looked at."""
-        if self.run.stage == "align":
-            return [self._looked(line) for line in self._lines()]
+    def pictures(self) -> list[str]:
+        return pictures_of(self.run.data.meta)
+
+    @cached_property
+    def counts(self) -> list[int]:  # type: ignore[override]
         config = self.config
-        if not config.dynamic_tiles or config.max_tiles <= 1:
+        if not isinstance(config, ChatConfig) or not config.dynamic_tiles or config.max_tiles <= 1:
             return [1] * len(self.pictures)
         count = partial(
             count_tiles,
@@ -57,57 +108,57 @@ class PictureOutlook:
         )
         return [count(*header_size(path)) for path in self.pictures]
 
-    @cached_property
-    def pictures(self) -> list[str]:
-        return pictures_of(self.run.data.meta)
+    def batch(self, chosen: list[int]) -> Worst:
+        tiles = sum(self.counts[number] for number in chosen)
+        size = BatchSize(len(chosen), tiles * self.positions, tiles * self.positions, 0, tiles)
+        return Worst(size, size.tokens, tuple(self.pictures[number] for number in chosen))
 
-    def sizes(self) -> list[BatchSize]:
-        found = []
-        for chosen in self._batches():
-            total = int(sum(self.counts[number] for number in chosen))
-            tiles = len(chosen) if self.run.stage == "align" else total
-            positions = tiles * (self._grid() ** 2 + (self.run.stage == "distill"))
-            found.append(BatchSize(len(chosen), positions, positions, 0, tiles))
+    def operations(self, tiles: int) -> float:
+        run, positions = self.run, self.positions
+        found = cost.vision_operations(run, self.config.vision, tiles, positions, positions)
+        if run.distill.features == "none":
+            teacher = self._teacher()
+            numbers = sum(p.numel() for p in teacher.module.parameters())
+            found += 2.0 * numbers * tiles * (teacher.grid**2 + 1)
         return found
 
-    def work(self) -> list[float]:
-        return [self._operations(size.tiles) for size in self.sizes()]
-
-    def worst(self) -> Worst:
-        batches = self._batches()
-        return self._of(max(range(len(batches)), key=lambda n: sum(self.counts[number] for number in batches[n])))
-
     def memory(self, device: str) -> Memory:
-        worst = self.worst()
-        if self.run.stage == "distill":
-            return rehearse_distill(self.run, self.config, self._teacher(), worst.size.tiles, device)
-        return rehearse_align(self.run, self.config, self._cells(worst), self._num_words(), device)
+        return rehearse_distill(self.run, self.config, self._teacher(), self.worst().size.tiles, device)
 
-    def trial(self, device: torch.device) -> tuple[Trial, float]:
-        work = self.work()
-        chosen = middling(work)
-        batch = self._of(chosen)
-        if self.run.stage == "distill":
-            return try_distill(self.run, self.config, self._teacher(), batch.size.tiles, device), work[chosen]
-        return try_align(self.run, self.config, self._cells(batch), self._num_words(), device), work[chosen]
-
-    def _of(self, place: int) -> Worst:
-        """A batch by its place in the first epoch."""
-        size, chosen = self.sizes()[place], self._batches()[place]
-        if self.run.stage == "distill":
-            return Worst(size, size.tokens, tuple(self.pictures[number] for number in chosen))
-        return Worst(size, sum(self.counts[number] for number in chosen), ())
+    def attempt(self, batch: Worst, device: torch.device) -> Trial:
+        return try_distill(self.run, self.config, self._teacher(), batch.size.tiles, device)
 
     def _teacher(self) -> Teacher:
         dtype = torch.bfloat16 if self.run.precision == "bf16" else torch.float32
         return sketch_teacher(self.run.distill.teacher, dtype)
 
-    def _batches(self) -> list[list[int]]:
-        """Numbers of the pictures of every batch of the first epoch, as the stage deals them (stages/pictures.py)."""
-        order = np.random.default_rng((self.run.seed, 0)).permutation(len(self.counts)).tolist()
-        if self.size > len(order):
-            raise ValueError(f"data.batch_samples is {self.size} but there are {len(order)} pictures; lower it")
-        return [order[at : at + self.size] for at in range(0, len(order) - self.size + 1, self.size)]
+
+class AlignOutlook(PictureOutlook):
+    """Stage align; `counts` are tokens that are looked at."""
+
+    def __init__(self, run: RunConfig, config: ChatConfig, tokenizer: Any) -> None:
+        super().__init__(run)
+        self.config, self.tokenizer = config, tokenizer
+        self.side = round(config.tile_size // config.vision.patch_size * config.downsample)
+        """Tokens a side."""
+
+    @cached_property
+    def counts(self) -> list[int]:  # type: ignore[override]
+        return [self._looked(line) for line in self._lines()]
+
+    def batch(self, chosen: list[int]) -> Worst:
+        positions = len(chosen) * self.side**2
+        size = BatchSize(len(chosen), positions, positions, 0, len(chosen))
+        return Worst(size, sum(self.counts[number] for number in chosen), ())
+
+    def operations(self, tiles: int) -> float:
+        return cost.operations(self.run, self.config, BatchSize(0, 0, 0, 0, tiles), 0)
+
+    def memory(self, device: str) -> Memory:
+        return rehearse_align(self.run, self.config, self._cells(self.worst()), self._num_words(), device)
+
+    def attempt(self, batch: Worst, device: torch.device) -> Trial:
+        return try_align(self.run, self.config, self._cells(batch), self._num_words(), device)
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         for data in read_sets(self.run.data.meta):
@@ -116,15 +167,9 @@ class PictureOutlook:
                 if b'"regions"' in line:
                     yield json.loads(line)
 
-    def _grid(self) -> int:
-        config = self.config
-        whole = config.tile_size // config.vision.patch_size
-        return round(whole * config.downsample) if self.run.stage == "align" else whole
-
     def _looked(self, line: dict[str, Any]) -> int:
-        side = self._grid()
-        filled = sum(1 for cell in cells_under(line["regions"], side) if cell)
-        return filled + min(BACKGROUND_TOKENS, side * side - filled)
+        filled = sum(1 for cell in cells_under(line["regions"], self.side) if cell)
+        return filled + min(BACKGROUND_TOKENS, self.side**2 - filled)
 
     def _num_words(self) -> int:
         stage = Align(self.run, build(self.config, device="meta"), self.tokenizer, read_sets(self.run.data.meta))
@@ -149,14 +194,3 @@ class PictureOutlook:
             torch.zeros(looked, 4),
             ("",) * tiles,
         )
-
-    def _operations(self, tiles: int) -> float:
-        run, config = self.run, self.config
-        if run.stage == "align":
-            return cost.operations(run, config, BatchSize(0, 0, 0, 0, tiles), 0)
-        found = cost.tile_operations(run, config, tiles)
-        if run.distill.features == "none":
-            teacher = sketch_teacher(run.distill.teacher)
-            numbers = sum(p.numel() for p in teacher.module.parameters())
-            found += 2.0 * numbers * tiles * (teacher.grid**2 + 1)
-        return found

@@ -79,7 +79,9 @@ def try_align(run: RunConfig, config: ChatConfig, batch: Cells, num_words: int, 
     return partial(stage.losses, batch.to(device))
 
 
-def try_distill(run: RunConfig, config: ChatConfig, teacher: Teacher, num_tiles: int, device: torch.device) -> Trial:
+def try_distill(
+    run: RunConfig, config: ChatConfig | DualConfig, teacher: Teacher, num_tiles: int, device: torch.device
+) -> Trial:
     """Stage distill; `teacher` has no weights, and gets some where it speaks at every step."""
     if run.distill.features == "none":
         check_size(sum(p.numel() for p in teacher.module.parameters()))
