@@ -58,6 +58,18 @@ def clean_caption(caption: str, max_words: int = MAX_WORDS) -> str:
     return " ".join(_CLEANED.sub(" ", caption.lower()).split()[:max_words])
 
 
+def check_unicode(text: str) -> str:
+    """The text; ValueError for half a surrogate pair, which JSON can spell and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        shown = text.encode("utf-8", "replace").decode()[:40]
+        raise ValueError(
+            f"{shown!r} is no Unicode at character {error.start}, half a surrogate pair; repair or remove it"
+        ) from error
+    return text
+
+
 def read_karpathy(
     path: str | Path, root: str | Path, split: str = "test", problems: list[Problem] | None = None
 ) -> CaptionSet:
