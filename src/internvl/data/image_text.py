@@ -19,6 +19,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from internvl.batch import PairBatch, Texts
+from internvl.data.captions import check_unicode
 from internvl.data.crop import random_crop, squash
 from internvl.data.dual_texts import TEXT_PREFIX, DualTokeniser, Row, pad
 from internvl.data.images import open_image
@@ -77,6 +78,11 @@ def _captions(value: Any, source: str) -> tuple[str, ...]:
     kept = tuple(text.strip() for text in texts if text.strip())
     if not kept:
         raise ValueError(f"{source}: an empty caption; remove the line, or set data.on_error to skip")
+    for text in kept:
+        try:
+            check_unicode(text)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
     return kept
 
 

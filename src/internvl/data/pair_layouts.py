@@ -59,7 +59,7 @@ def _tar(data: DataSet, folder: Path, problems: list[Problem]) -> Iterator[dict[
         try:
             content, text = picture_and_text(sample)
         except ValueError as error:
-            problems.append(Problem(sample.source, str(error)))
+            problems.append(Problem(sample.source, str(error).removeprefix(f"{sample.source}: ")))
             continue
         suffix = next(field for field in PICTURE_FIELDS if field in sample.fields)
         path = (folder / f"{number:08d}.{suffix}").absolute()

@@ -53,9 +53,9 @@ class Dual:
     def encode_image(
         self, images: Images, head: Head = "c", fit: Fit = "squash", batch: int = 32, raw: bool = False
     ) -> Float[Tensor, "images embed"]:
-        """Unit vectors in float32, whatever the model computes in. `fit` "squash" resizes to a square (retrieval, captions), "crop" cuts the middle one
-        (zero-shot classification), as the published scores were measured. `raw` leaves out the division by the length:
-        frames of a video are averaged so."""
+        """Unit vectors in float32, whatever the model computes in. `fit` "squash" resizes to a square (retrieval,
+        captions), "crop" cuts the middle one (zero-shot classification), as the published scores were measured. `raw`
+        leaves out the division by the length: frames of a video are averaged so."""
         parts = [self.model.encode_image(pixels, head, raw).float() for pixels in self._pixels(images, fit, batch)]
         return torch.cat(parts) if raw else unit(torch.cat(parts))
 
