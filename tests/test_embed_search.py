@@ -157,6 +157,25 @@ def test_an_output_is_neither_mixed_nor_overwritten(
     assert "there already, with other names" in capsys.readouterr().err
 
 
+def test_pictures_and_texts_that_changed_are_not_taken_for_the_old_ones(
+    model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The names are the same: the vectors would be those of what is no longer there."""
+    words = ("embed", model, folder, "--out", tmp_path / "o.safetensors", "--dtype", "float32")
+    assert run(*words) == 0
+    first = next(path for path in sorted(folder.rglob("*.png")))
+    picture(78).save(first)
+    assert run(*words) == 1
+    assert "there already, but the pictures have changed since; remove it" in capsys.readouterr().err
+    lines = tmp_path / "t.txt"
+    lines.write_text("a\nb\nb\n")
+    words = ("embed", model, lines, "--out", tmp_path / "t.safetensors", "--dtype", "float32")
+    assert run(*words) == 0
+    lines.write_text("a\na\nb\n")
+    assert run(*words) == 1
+    assert "the texts have changed since" in capsys.readouterr().err
+
+
 def test_parts_of_other_pictures_are_refused(dual: Dual, folder: Path, tmp_path: Path) -> None:
     source = embedding.read_source(folder)
     changed = replace(source, stamps=("other", *source.stamps[1:]))
