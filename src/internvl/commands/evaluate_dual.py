@@ -173,6 +173,8 @@ def _segment(asked: Segment, features: Features, out: Path, problems: list[Probl
     from internvl.evaluate.segment_train import examples, fit, protocol, score
     from internvl.evaluate.segmenter import Segmenter, task_of
 
+    if asked.classes < 1:
+        raise ValueError(f"--classes {asked.classes}; at least 1 class is segmented")
     settings = asked.settings()
     train, test = read_ade20k(asked.data, "training"), read_ade20k(asked.data, "validation")
     test = tuple(test[place] for place in limited_places(len(test), asked.limit))

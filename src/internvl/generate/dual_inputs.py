@@ -37,7 +37,7 @@ def listed_pictures(images: Source | Sequence[Source]) -> list[Source]:
     for place, image in enumerate(images):
         if not isinstance(image, PICTURES):
             raise ValueError(f"picture {place} is {brief(image)}; give a path, bytes, a PIL image or an array of uint8")
-    return list(images)
+    return list(images)  # type: ignore[arg-type]  # bytes are a picture: they went before
 
 
 def check_pixels(pixels: Tensor) -> Tensor:

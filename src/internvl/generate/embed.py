@@ -128,7 +128,7 @@ def embed(
 
 
 def hash_of(words: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(words).encode("utf-8", "surrogatepass")).hexdigest()[:16]  # names may be no UTF-8
 
 
 def kept_pictures(

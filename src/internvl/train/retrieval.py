@@ -26,7 +26,7 @@ from internvl.train.alignment import (
 )
 from internvl.train.contrast import contrast
 from internvl.train.joint import brought
-from internvl.train.pieces import in_pieces
+from internvl.train.pieces import in_pieces, texts_in_pieces
 
 
 def retrieval_losses(
@@ -49,7 +49,7 @@ def retrieval_losses(
         return torch.stack([model.pool_queries(model.qllama.look(some)), unit(model.image_pool(some))], dim=1)
 
     queries, patches = in_pieces(looked, [features], piece).unbind(1)
-    texts = in_pieces(model.encode_text, [batch.contrast.ids, batch.contrast.mask], piece)
+    texts = texts_in_pieces(model.encode_text, batch.contrast.ids, batch.contrast.mask, piece)
     counted = batch.valid if batch.valid is not None else torch.ones_like(batch.contrast.ids[:, 0], dtype=torch.bool)
     scale, valid = model.logit_scale.exp(), batch.contrast.longer_than(EMPTY_CONTRAST) & counted
     itc = sum(contrast(images, texts, scale, valid=valid, same=batch.same) for images in (queries, patches))
