@@ -175,8 +175,8 @@ def test_folders_take_the_names_of_their_lines(capsys: pytest.CaptureFixture[str
 
 
 def test_what_was_left_out_is_told_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    make_pictures(Path("d"), ["0.png", "1.png"])
-    groups = [["a cat", ""], ["x" * 300]]
+    make_pictures(Path("d"), ["0.png", "1.png", "2.png"])
+    groups = [["a cat", ""], ["x" * 300], ["!!!"]]  # of the last the clean-up leaves nothing
     entries = [
         {"split": "test", "filename": f"{n}.png", "sentences": [{"raw": t} for t in group]}
         for n, group in enumerate(groups)
@@ -184,8 +184,11 @@ def test_what_was_left_out_is_told_on_the_terminal(capsys: pytest.CaptureFixture
     Path("d/k.json").write_text(json.dumps({"images": entries}))
     run("retrieval", "d/k.json")
     said = capsys.readouterr().out
-    assert "k: 1 captions without a letter or sign, left out" in said
+    assert "k: 2 captions without a letter or sign, left out" in said
+    assert "k: 1 pictures without a caption, left out" in said
     assert "k: 1 captions of more than 80 tokens" in said
+    Path("d/p.jsonl").write_text(json.dumps({"image": "0.png", "caption": "..."}))
+    assert "the clean-up leaves no caption of 1 pictures" in refused(capsys, "retrieval", "d/p.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -145,10 +145,12 @@ def retrieval(
     paths = [item.path for item in data.items]
     kept = features.videos(paths, frames, head, fit) if video else features.pictures(paths, head, fit)
     used = CaptionSet(tuple(_some(kept.at(data.items), paths, kept.broken)))
-    rows, emptied = kept.rows, 0
+    rows, emptied, seen = kept.rows, 0, len(used.items)
     if clean:
         rows = rows[[place for place, item in enumerate(used.items) if any(map(clean_caption, item.captions))]]
         used, emptied = _cleaned(used)
+        if not used.items:
+            raise ValueError(f"the clean-up leaves no caption of {seen} pictures; check them, or give --captions raw")
     texts = features.texts(used.captions)
     owners = torch.tensor(used.image_of_text)
     if matcher is not None:
@@ -177,7 +179,7 @@ def retrieval(
             "pictures": len(used.items),
             "texts": len(used.captions),
             "empty_captions": data.empty + emptied,
-            "bare_pictures": data.bare,
+            "bare_pictures": data.bare + seen - len(used.items),
             "long_captions": features.dual.num_cut(used.captions),
             "tied": found.image_to_text.num_tied + found.text_to_image.num_tied,
         },
