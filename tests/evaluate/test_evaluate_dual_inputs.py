@@ -107,6 +107,8 @@ def test_lines_of_a_text_in_a_shard_are_captions_and_a_folder_of_shards_is_one_s
     Path("shards/11.tar").unlink()
     Path("names.txt").write_text("cat\ndog\n")
     assert run("zero-shot", "shards", "--names", "names.txt")["counts"]["pictures"] == 2
+    make_pictures(Path("shards"), ["cat/0.png", "dog/0.png", "dog/1.png"])  # shards that class folders came from
+    assert run("zero-shot", "shards", "--names", "names.txt")["counts"]["pictures"] == 3
 
 
 def test_a_shard_that_changed_is_read_anew() -> None:

@@ -89,7 +89,7 @@ def _where(asked: Any, out: Path) -> Where:
 def _zero_shot(
     asked: ZeroShot, features: Features, out: Path, problems: list[Problem]
 ) -> list[tuple[str, str, Outcome]]:
-    from internvl.evaluate.dual_data import archives, read_classes, read_prompts
+    from internvl.evaluate.dual_data import has_class_folders, read_classes, read_prompts
     from internvl.evaluate.dual_tasks import limited, zero_shot
 
     if len(asked.languages) > 1 and (asked.names is None or Path(asked.names).is_file()):
@@ -97,7 +97,7 @@ def _zero_shot(
     classes = None
     if asked.order is not None and asked.names is None:
         raise ValueError(f"--order {asked.order} says which of --names a folder has; give --names")
-    if asked.names is not None and (archives(asked.data) or not asked.data.is_dir()):
+    if asked.names is not None and not has_class_folders(asked.data):
         classes = read_prompts(asked.names, asked.templates, asked.languages[0]).names
     data, video = read_classes(_where(asked, out), problems, classes)
     data = limited(data, asked.limit)

@@ -73,6 +73,11 @@ def archives(path: Path) -> list[Path]:
     return sorted(found, key=lambda file: [int(part) if part.isdecimal() else part for part in _PARTS.split(file.name)])
 
 
+def has_class_folders(path: Path) -> bool:
+    """Whether a folder is one of class folders: an archive that lies beside them is where they came from."""
+    return path.is_dir() and any(child.is_dir() and not child.name.startswith(".") for child in path.iterdir())
+
+
 def read_pairs(where: Where, problems: list[Problem]) -> tuple[CaptionSet, bool]:
     """Pictures or videos with their captions, and whether they are videos. Bad entries are listed in `problems`."""
     path = where.path
@@ -119,7 +124,7 @@ def _fields(path: Path) -> set[str]:
 def read_classes(where: Where, problems: list[Problem], classes: Sequence[str] | None) -> tuple[LabelledSet, bool]:
     """Pictures or videos with their class, and whether they are videos. Lists of numbers need `classes`."""
     path, shards = where.path, archives(where.path)
-    if path.is_dir() and not shards:
+    if has_class_folders(path) or (path.is_dir() and not shards):
         return read_image_folder(path), False
     if path.suffix.lower() == ".csv":
         return read_kinetics(path, where.folder, split=where.split, problems=problems), True
