@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -155,6 +156,40 @@ def test_an_output_is_neither_mixed_nor_overwritten(
     picture(77).save(folder / "new.png")
     assert run(*words) == 1
     assert "there already, with other names" in capsys.readouterr().err
+
+
+def test_pictures_and_texts_that_changed_are_not_taken_for_the_old_ones(
+    model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The names are the same: the vectors would be those of what is no longer there."""
+    words = ("embed", model, folder, "--out", tmp_path / "o.safetensors", "--dtype", "float32")
+    assert run(*words) == 0
+    first = next(path for path in sorted(folder.rglob("*.png")))
+    picture(78).save(first)
+    assert run(*words) == 1
+    assert "there already, but the pictures have changed since; remove it" in capsys.readouterr().err
+    lines = tmp_path / "t.txt"
+    lines.write_text("a\nb\nb\n")
+    words = ("embed", model, lines, "--out", tmp_path / "t.safetensors", "--dtype", "float32")
+    assert run(*words) == 0
+    lines.write_text("a\na\nb\n")
+    assert run(*words) == 1
+    assert "the texts have changed since" in capsys.readouterr().err
+
+
+def test_names_that_are_no_utf8_are_embedded_and_told(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "odd").mkdir()
+    try:
+        picture(1).save(tmp_path / "odd" / "caf\udce9.png")
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    (tmp_path / "odd" / "br\udce9.png").write_bytes(b"x")
+    words = ["embed", str(model), str(tmp_path / "odd"), "--out", str(tmp_path / "o.safetensors")]
+    code = f"import sys; from internvl.cli import main; sys.exit(main({words!r}))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert found.returncode == 3, found.stderr
+    assert b"br\\udce9.png" in found.stdout
+    assert read_embedded(tmp_path / "o.safetensors").names == ("caf\udce9.png",)
 
 
 def test_parts_of_other_pictures_are_refused(dual: Dual, folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from importlib import import_module
@@ -47,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files that are no UTF-8 are told, not fatal
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code: int = import_module(f"internvl.commands.{verb}").main(arguments)
     except BrokenPipeError:  # whoever reads, such as `head`, has enough

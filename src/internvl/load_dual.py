@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from internvl.models.contrastive import AttentionPooling, DualModel
 from internvl.models.internvit import InternViT
 from internvl.zoo import DUAL
 
+FINE_TUNED = "InternVL-14B-Flickr30K-FT-364px"
 EMBEDDING, HEAD = "qllama.embed_tokens.weight", "qllama.head.weight"
 POSITIONS = "vision.embeddings.position_embedding"
 
@@ -46,7 +48,8 @@ def load_dual(
 ) -> LoadedDual:
     """Open the folder or hub id of an InternVL-G checkpoint (official layout), or `tiny-dual` of random weights.
 
-    Strict: a missing or unused key is a ValueError; `ignore` names patterns of keys on disk to leave unread. `dtype`
+    Strict: a missing or unused key is a ValueError (an unused one of the two released fine-tuned checkpoints, whose
+    files hold unlisted tensors, a warning); `ignore` names patterns of keys on disk to leave unread. `dtype`
     None keeps the stored number type. `allow_pickle` reads `pytorch_model*.bin` by torch's restricted unpickler where
     the folder has no safetensors.
     """
@@ -191,6 +194,8 @@ def _load(
     head = [key for entry in entries if HEAD in entry.ours for key in entry.disk]
     optional = head if config.language.tied else []
     found = {k: size for k, size in weights.shapes.items() if not matches(k, (*dual.DERIVED_KEYS, *ignore))}
+    if _is_fine_tuned(config):
+        found = _without_extras(found, {key for entry in entries for key in entry.disk}, where)
     check_keys(entries, ours, found, where, optional=optional)
     state = _tensors([e for e in entries if e.disk[0] in found], weights, dtype, device)
     if config.generative and config.language.tied:
@@ -202,6 +207,23 @@ def _load(
     model.load_state_dict(state, assign=True)
     tie(model)
     return model.eval()
+
+
+def _is_fine_tuned(config: DualConfig) -> bool:
+    """Whether these are the sizes of the two checkpoints fine-tuned for retrieval, whose files are 14 MB larger than
+    their list of tensors: some more are in them, which nobody has named (published sizes of the two folders)."""
+    released = DUAL[FINE_TUNED]
+    return (config.image_size, config.num_parameters) == (released.image_size, released.num_parameters)
+
+
+def _without_extras(found: Mapping[str, tuple[int, ...]], known: Set[str], where: Path) -> dict[str, tuple[int, ...]]:
+    extras = sorted(found.keys() - known)
+    if extras:
+        warnings.warn(
+            f"{where}: {len(extras)} tensors that InternVL-G does not use are left unread: {', '.join(extras[:8])}",
+            stacklevel=4,
+        )
+    return {key: size for key, size in found.items() if key in known}
 
 
 def _tensors(

@@ -40,7 +40,8 @@ def locate(name: str | Path) -> Path:
         )
     if is_hub_id(str(name)):
         return download(str(name))
+    duals = [dual for dual in DUAL if dual.startswith(("pocket", "tiny"))]
     raise FileNotFoundError(
-        f"{name}: no such folder, and no model of that name; names are {', '.join(CHAT)}, "
+        f"{name}: no such folder, and no model of that name; names are {', '.join([*CHAT, *duals])}, "
         f"and hub ids such as OpenGVLab/InternVL2_5-1B"
     )

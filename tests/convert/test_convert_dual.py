@@ -13,7 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from internvl.convert.pickled import open_pickled
-from internvl.load_dual import carry_over, load_dual, load_original, load_original_vision, save_dual, save_original
+from internvl.load_dual import (
+    FINE_TUNED,
+    carry_over,
+    load_dual,
+    load_original,
+    load_original_vision,
+    save_dual,
+    save_original,
+)
 from internvl.models.build import build_dual
 from internvl.models.contrastive import AttentionPooling, DualModel
 from internvl.zoo import DUAL
@@ -72,6 +80,24 @@ def test_missing_unused_and_misshapen_keys_are_errors(folder: Path) -> None:
     load_dual(folder, ignore=["temp"])
     change(folder, query_tokens=torch.zeros(1, 6, 64), temp=None)
     with pytest.raises(ValueError, match="query_tokens is 1x6x64, must be 1x5x64"):
+        load_dual(folder)
+
+
+def test_unlisted_tensors_of_the_fine_tuned_checkpoints_are_named_and_left(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their published sizes are 14 MB above their list of tensors; of no other checkpoint such keys are let pass."""
+    change(folder, temp=torch.zeros(2), **{"ema.query_tokens": torch.zeros(1)})
+    monkeypatch.setitem(DUAL, FINE_TUNED, replace(TINY, image_size=70))
+    with pytest.raises(ValueError, match="2 keys that the model does not use"):
+        load_dual(folder)
+    monkeypatch.setitem(DUAL, FINE_TUNED, TINY)
+    with pytest.warns(
+        UserWarning, match=r"2 tensors that InternVL-G does not use are left unread: ema\.query_tokens, temp"
+    ):
+        load_dual(folder)
+    change(folder, query_tokens=None)
+    with pytest.warns(UserWarning, match="left unread"), pytest.raises(ValueError, match="1 keys missing"):
         load_dual(folder)
 
 

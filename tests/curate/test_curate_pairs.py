@@ -46,6 +46,12 @@ def judged(pairs: list[Pair], **rules: Any) -> list[str]:
         ((240, 220), "a b c", "", {}, "short"),
         ((240, 220), "红色的小房子", "zh", {}, ""),
         ((240, 220), "红房", "zh", {}, "short"),
+        ((240, 220), "两只狗在跑", "zh", {}, ""),
+        ((240, 220), "แมวตัวหนึ่งนั่งอยู่บนกำแพง", "th", {}, ""),
+        ((240, 220), "แมวนั่ง", "th", {}, "short"),
+        ((240, 220), "ឆ្មាអង្គុយលើជញ្ជាំង", "km", {}, ""),
+        ((240, 220), "ཞི་མི་ཞིག་", "bo", {}, ""),
+        ((240, 220), "قطة على الجدار", "ar", {}, ""),
         ((240, 220), "a small red house", "", {"most_words": 3}, "long"),
         ((240, 220), "a small red house", "en", {"languages": ("zh", "en")}, ""),
         ((240, 220), "a small red house", "", {"languages": ("zh", "en")}, "language"),
@@ -74,7 +80,7 @@ def test_duplicates_are_found_and_other_captions_stay(tmp_path: Path) -> None:
     assert judged(pairs) == ["", "exact", "", "near", ""]
     assert judged(pairs, near=None) == ["", "exact", "", "", ""]
     judge = PairFilter(PairRules())
-    judge.hold_out(tmp_path / "near.jpg")
+    judge.hold_out(Pair(str(tmp_path / "near.jpg"), ("any",)))
     assert [judge.judge(pair).reason for pair in pairs] == ["held_out"] * 4 + [""]
     assert PairFilter(PairRules()).judge(pairs[0]).captions == pairs[0].captions
 
@@ -171,6 +177,10 @@ def test_vectors_decide_what_fits(meta: Path, tmp_path: Path, capsys: Any) -> No
     save_file({"images": images[:3], "texts": texts}, tmp_path / "v.safetensors")
     assert main([*words, "--out", str(tmp_path / "b"), "--vectors", str(tmp_path / "v.safetensors")]) == 1
     assert "3 vectors of pictures and 10 of captions end here" in capsys.readouterr().err
+    save_file({"images": torch.eye(8), "texts": texts}, tmp_path / "v.safetensors")  # one a line, not one a pair
+    assert main([*words, "--out", str(tmp_path / "e"), "--vectors", str(tmp_path / "v.safetensors")]) == 1
+    assert "8 vectors of pictures and 10 of captions for 6 pairs with 10 captions" in capsys.readouterr().err
+    assert not (tmp_path / "e" / "meta.json").exists()
     assert main([*words, "--out", str(tmp_path / "c")]) == 1
     assert "give --vectors or --model" in capsys.readouterr().err
     write_tiny_model(tmp_path / "model")
@@ -204,6 +214,15 @@ def test_other_layouts_become_lines(tmp_path: Path, capsys: Any) -> None:
     counts = {one["name"]: (one["given"], one["kept"]) for one in json.loads(capsys.readouterr().out)}
     assert counts == {"k": (2, 2), "c": (1, 1), "t": (2, 2), "layouts": (2, 0)}
     assert sum(len(data.lines) for data in read_sets(out / "meta.json")) == 5
+    words = ["curate", "pairs", str(tmp_path / "meta.json"), "--against", str(tmp_path / "held.json"), "--json"]
+    (tmp_path / "held.json").write_text(json.dumps({"k": sets["k"]}))
+    assert main([*words, "--out", str(tmp_path / "apart")]) == 0
+    counts = {one["name"]: one["rejected"] for one in json.loads(capsys.readouterr().out)}
+    assert counts["k"] == {"held_out": 2}
+    assert counts["c"] == {}
+    (tmp_path / "held.json").write_text(json.dumps({"t": sets["t"]}))
+    assert main([*words, "--out", str(tmp_path / "cut")]) == 1
+    assert "(1 such in " in capsys.readouterr().err
     assert not list(tmp_path.parent.glob("[34].png"))
     sets["t"]["layout"] = "zip"
     (tmp_path / "meta.json").write_text(json.dumps(sets))
@@ -217,6 +236,7 @@ def test_other_layouts_become_lines(tmp_path: Path, capsys: Any) -> None:
         ({"most_ratio": 0.5}, "most_ratio is 0.5"),
         ({"least_similarity": 2.0}, "least_similarity is 2.0"),
         ({"most_words": 1}, "most_words is 1, below least_words 3"),
+        ({"least_side": -5}, "least_side is -5; it must be at least 0"),
     ],
 )
 def test_rules_without_meaning_are_refused(rules: Any, message: str) -> None:
@@ -224,6 +244,43 @@ def test_rules_without_meaning_are_refused(rules: Any, message: str) -> None:
         PairRules(**rules)
     with pytest.raises(ValueError, match="near is 64 bits"):
         PairFilter(PairRules(near=64))
+
+
+def test_pictures_without_a_caption_are_counted(tmp_path: Path, capsys: Any) -> None:
+    """A layout's reader leaves them out before there are lines."""
+    for n in range(2):
+        picture(tmp_path / f"{n}.png", n)
+    texts = (["two words here", ""], ["", " "])
+    images = [
+        {"filename": f"{n}.png", "split": "train", "sentences": [{"raw": text} for text in group]}
+        for n, group in enumerate(texts)
+    ]
+    (tmp_path / "k.json").write_text(json.dumps({"images": images}))
+    sets = {"k": {"root": str(tmp_path), "annotation": "k.json", "layout": "karpathy"}}
+    (tmp_path / "meta.json").write_text(json.dumps(sets))
+    assert main(["curate", "pairs", str(tmp_path / "meta.json"), "--out", str(tmp_path / "o"), "--json"]) == 0
+    counts = {one["name"]: (one["given"], one["kept"]) for one in json.loads(capsys.readouterr().out)}
+    assert counts == {"k": (1, 1), "layouts": (1, 0)}
+    assert "1.png" in (tmp_path / "o" / "layouts.rejected.jsonl").read_text()
+
+
+def test_half_surrogate_pairs_and_unseen_pictures_are_said(tmp_path: Path, capsys: Any) -> None:
+    picture(tmp_path / "0.png", 0)
+    lines = [
+        {"image": "0.png", "caption": "half \ud83d a pair"},
+        {"image": "0.png", "caption": "a whole one", "id": "\ud83d"},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["curate", "pairs", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "o"), "--json"]) == 0
+    (counts,) = json.loads(capsys.readouterr().out)
+    assert (counts["kept"], counts["rejected"]) == (1, {"unreadable": 1})
+    assert json.loads((tmp_path / "o" / "a.kept.jsonl").read_text())["id"] == "\ud83d"
+    (tmp_path / "held.jsonl").write_text('{"image": "none.png", "caption": "any"}\n')
+    words = ["curate", "pairs", str(tmp_path / "a.jsonl"), "--against", str(tmp_path / "held.jsonl")]
+    assert main([*words, "--out", str(tmp_path / "p")]) == 1
+    said = capsys.readouterr().err
+    assert "held.jsonl:1: " in said
+    assert "what cannot be seen cannot be held out" in said
 
 
 def test_nothing_given_nothing_named(tmp_path: Path) -> None:

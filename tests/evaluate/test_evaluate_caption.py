@@ -61,6 +61,11 @@ def test_words_equal_the_toolkit() -> None:
         ("¡Qué niño!", "¡ qué niño"),
         ("...", ""),
         ("AT&T bus No. 5, rock&roll of the '90s", "at&t bus no. 5 rock & roll of the '90s"),
+        ("बिल्ली मेज़ पर है।", "बिल्ली मेज़ पर है ।"),
+        ("แมวนั่ง บนโต๊ะ", "แมวนั่ง บนโต๊ะ"),
+        ("قِطَّةٌ جَمِيلَة", "قِطَّةٌ جَمِيلَة"),
+        ("او می\u200cخواهد", "او می\u200cخواهد"),
+        ("cafe\u0301 a\u2764\ufe0f", "cafe\u0301 a \u2764\ufe0f"),
         ("IT'S an O'CLOCK &amp; so DON'T", "it 's an o'clock & so do n't"),
     ],
 )
@@ -135,7 +140,12 @@ def test_empty_captions_score_nothing_and_are_counted() -> None:
 
 @pytest.mark.parametrize(
     ("captions", "references", "said"),
-    [([], [], "0 captions"), (["a"], [["a"], ["b"]], "1 captions for 2"), (["a"], [[]], "picture 0 has no references")],
+    [
+        ([], [], "0 captions"),
+        (["a"], [["a"], ["b"]], "1 captions for 2"),
+        (["a"], [[]], "picture 0 has no references"),
+        (["a"], ["a dog"], r"the references of picture 0 are one text; put it into a list, \['a dog'\]"),
+    ],
 )
 def test_wrong_lengths_are_refused(captions: list[str], references: list[list[str]], said: str) -> None:
     with pytest.raises(ValueError, match=said):

@@ -201,7 +201,8 @@ def test_videos_are_classified(model: Path, tmp_path: Path) -> None:
     rows.append("knitting,gone,0,10,test")
     Path("k.csv").write_text("\n".join(rows) + "\n")
     pytest.importorskip("av")
-    (result,) = run("zero-shot", model, "k.csv", "--frames", 1)
+    (result,) = run("zero-shot", model, "k.csv", "--frames", 1, code=3)
+    assert "gone_000000_000010.mp4: no such video" in result["left_out"][0]["message"]
     assert result["task"] == "zero-shot video classification, 1 frames"
     assert result["counts"]["pictures"] == 3
     assert set(result["scores"]) >= {"top-1", "top-5", "mean of top-1 and top-5"}
@@ -237,7 +238,7 @@ def test_probes(model: Path, tmp_path: Path, kind: str) -> None:
     words = ("--kind", kind, "--rates", "0.3", "--probe-batch", 4, "--features", "f")
     (result,) = run("probe", model, "d", *words)
     assert result["scores"]["top-1"] == 1.0
-    assert result["counts"] == {"training_pictures": 12, "pictures": 6, "classes": 2}
+    assert result["counts"] == {"training_pictures": 12, "pictures": 6, "classes": 2, "left_out_by_reader": 0}
     assert result["head"] == "encoder"
     assert "is: dark" in Path("o/sheet.html").read_text()
 

@@ -17,6 +17,8 @@ from dual_folder import make_dual
 from internvl import cli
 from internvl.config import VisionConfig
 from internvl.data.labelled import read_ade20k, read_mask
+from internvl.evaluate.catalog import published
+from internvl.evaluate.dual_result import PROTOCOLS
 from internvl.evaluate.segment import Confusion
 from internvl.evaluate.segment_settings import SegmentSettings
 from internvl.evaluate.segment_train import fit, score
@@ -30,6 +32,7 @@ from internvl.evaluate.segmenter import (
     palette,
     rate_at,
     scaled_pixels,
+    task_of,
     training_crop,
 )
 from internvl.models.internvit import InternViT
@@ -62,7 +65,7 @@ def segmenter(settings: SegmentSettings, seed: int = 0) -> Segmenter:
     return Segmenter(tiny_dual().vision, 2, settings)
 
 
-@pytest.mark.parametrize("kind", ["linear", "head", "full"])
+@pytest.mark.parametrize("kind", ["linear", "head", "full", "few"])
 def test_a_resumed_training_is_the_uninterrupted_one(kind: str, tmp_path: Path) -> None:
     data = read_ade20k(make_ade(tmp_path / "ade"), "training")
     settings = replace(SETTINGS, kind=kind, learning_rate=1e-3)
@@ -77,7 +80,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(kind: str, tmp_path: Path) 
         assert torch.equal(x, again.state_dict()[key]), key
         moved = not torch.equal(x, before[key])
         if key.startswith("vision."):
-            assert moved == (kind == "full"), key
+            assert moved == (kind in ("full", "few")), key
     assert any(not torch.equal(x, before[key]) for key, x in whole.state_dict().items() if "head" in key)
     with pytest.raises(ValueError, match="of another run"):
         fit(again, data, 2, settings, tmp_path / "cut", "other")
@@ -103,6 +106,41 @@ def test_the_command_learns_scores_and_resumes(tmp_path: Path, monkeypatch: pyte
     assert cli.main(words) == 3
     assert Path("o/segmenter.safetensors").stat().st_mtime_ns == stamp
     assert json.loads(Path("o/result.json").read_text())["results"][0]["scores"] == result["scores"]
+
+
+def test_other_classes_and_masks_are_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was counted with other masks is no score of these; weights of another head do not fit."""
+    monkeypatch.chdir(tmp_path)
+    make_dual(tmp_path / "m")
+    make_ade(tmp_path / "ade", 2, 3)
+    Image.new("L", (9, 9), 1).save("ade/annotations/validation/p1.png")
+    words = ["evaluate", "segment", "m", "ade", "--iterations", "1", "--train-batch", "2", "--crop", "56"]
+    words += ["--stride", "42", "--dtype", "float32", "--out", "o", "--no-sheet"]
+    assert cli.main([*words, "--classes", "2"]) == 3
+    assert "a mask of 9 x 9 px for a picture of 80 x 60" in " ".join(capsys.readouterr().out.split())
+    for other in (["--classes", "3"], ["--classes", "3", "--no-reduce-zero"]):
+        assert cli.main([*words, *other]) == 1
+        assert "of another run; give another --out" in capsys.readouterr().err
+    for limit in ("0", "-1"):
+        assert cli.main([*words, "--classes", "2", "--limit", limit]) == 1
+        assert f"--limit {limit}; at least one item is needed" in capsys.readouterr().err
+
+
+def test_few_shot_tunes_the_encoder_under_the_head_of_the_linear_probe() -> None:
+    """Table 23: the last block, one map, weight decay 0.05, layer decay 0.95, drop path 0.4."""
+    settings = replace(SETTINGS, kind="few", share=16)
+    model = segmenter(settings)
+    assert model.taps == (model.vision.config.depth,)
+    assert type(model.head) is type(segmenter(SETTINGS).head)
+    assert all(parameter.requires_grad for parameter in model.vision.parameters())
+    assert (settings.weight_decay, settings.layer_decay, settings.drop_path) == (0.05, 0.95, 0.4)
+    for share in (1, 2, 4, 8, 16):
+        task = task_of(replace(settings, share=share))
+        assert published("InternViT-6B-224px", task, "ADE20K", "mean IoU")
+        paper = PROTOCOLS[task]
+        assert (paper["share"], paper["iterations"]) == (share, 80_000 // share)
 
 
 def test_counts_go_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

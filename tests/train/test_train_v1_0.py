@@ -80,7 +80,7 @@ def test_the_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """Those of the tiny runs as they stand, but for fewer steps; what they leave is named there and opens."""
     page = (Path(__file__).parents[2] / "docs" / "internvl-1.0.md").read_text(encoding="utf-8")
     commands = [words.split() for words in re.findall(r"^internvl train (tiny_\w+)$", page, flags=re.MULTILINE)]
-    assert commands == [["tiny_contrastive"], ["tiny_generative"]]
+    assert commands == [["tiny_contrastive"], ["tiny_generative"], ["tiny_retrieval"]]
     assert 'internvl.load("runs/tiny_generative/model")' in page
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="internvl train tiny_contrastive"):

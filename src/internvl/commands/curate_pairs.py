@@ -27,9 +27,10 @@ class Pairs:
     """New folder: NAME.kept.jsonl, NAME.rejected.jsonl, counts.json, meta.json."""
     rules: PairRules = field(default_factory=PairRules)
     against: Path | None = None
-    """Meta JSON or JSONL of evaluation pairs: what looks like one of their pictures goes."""
+    """Meta JSON (`layout` as above) or JSONL of evaluation pairs: what looks like one of their pictures goes."""
     vectors: Path | None = None
-    """safetensors with `images` and `texts`: a vector for each line and each caption, in the order of the sets."""
+    """safetensors with `images` and `texts`: a vector for each line that is a pair and each of its captions, in the
+    order of the sets."""
     model: str = ""
     """InternVL-C that makes these vectors instead: a name, a hub id or a folder."""
     json: bool = False
@@ -41,7 +42,6 @@ def main(arguments: list[str]) -> int:
     from rich.progress import Progress
 
     from internvl.curate.pair_sets import filter_pairs
-    from internvl.data.mixture import read_sets
     from internvl.data.pair_layouts import read_layouts
     from internvl.data.records import Problem
 
@@ -50,7 +50,13 @@ def main(arguments: list[str]) -> int:
         raise ValueError("least_similarity is set but there are no vectors; give --vectors or --model")
     problems: list[Problem] = []
     sets = read_layouts(asked.meta, asked.out, problems)
-    against = read_sets(asked.against) if asked.against is not None else []
+    unseen: list[Problem] = []
+    against = read_layouts(asked.against, asked.out / "against", unseen) if asked.against is not None else []
+    if unseen:
+        raise ValueError(
+            f"{unseen[0].source}: {unseen[0].message} ({len(unseen)} such in {asked.against}); what cannot be read "
+            "cannot be held out: repair or remove it"
+        )
     errors = Console(stderr=True)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task("pairs", total=sum(len(some.lines) for some in sets))
@@ -74,12 +80,12 @@ def open_similarities(asked: Pairs) -> Similarities | None:
     """Given vectors, those of a model, or none."""
     if asked.vectors is not None:
         from internvl.convert.files import open_file
-        from internvl.curate.pair_sets import given_vectors
+        from internvl.curate.pair_sets import GivenVectors
 
         file = open_file(asked.vectors)
         if missing := {"images", "texts"} - set(file.shapes):
             raise ValueError(f"{asked.vectors}: no {min(missing)!r}; it holds {', '.join(sorted(file.shapes))}")
-        return given_vectors(file.get("images"), file.get("texts"))
+        return GivenVectors(file.get("images"), file.get("texts"))
     if not asked.model:
         return None
     from internvl.curate.pair_vectors import model_vectors

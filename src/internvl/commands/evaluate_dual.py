@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,19 @@ if TYPE_CHECKING:
     from internvl.evaluate.dual_tasks import Outcome
 
 
+COUNTED = {
+    "empty_captions": "captions without a letter or sign, left out",
+    "bare_pictures": "pictures without a caption, left out",
+    "long_captions": "captions of more than 80 tokens, of which the model saw the beginning",
+    "long_prompts": "prompts of more than 80 tokens, of which the model saw the beginning",
+    "names_twice": "class names that stand twice or more, whose pictures count by chance",
+    "left_out_by_reader": "files or lines that are no picture with a class, left out",
+    "without_a_word": "written captions without a word",
+    "tied": "queries with a wrong answer of exactly the right one's score, which count by chance",
+}
+"""Counts that are told where they are not 0."""
+
+
 def main(task: str, arguments: Sequence[str]) -> int:
     asked: Any = tyro.cli(TASKS[task], args=arguments, prog=f"internvl evaluate {task}")
     if task == "compare":
@@ -58,8 +72,6 @@ def main(task: str, arguments: Sequence[str]) -> int:
 
 
 def _default_out(task: str, asked: Any, fingerprint: str) -> Path:
-    import hashlib
-
     plain = {k: str(v) for k, v in asdict(asked).items() if k not in ("out", "json", "sheet", "features")}
     digest = hashlib.sha256(json.dumps([plain, fingerprint], sort_keys=True).encode()).hexdigest()[:8]
     return RUNS / f"{Path(asked.model).name}-{task}-{digest}"
@@ -77,19 +89,21 @@ def _where(asked: Any, out: Path) -> Where:
 def _zero_shot(
     asked: ZeroShot, features: Features, out: Path, problems: list[Problem]
 ) -> list[tuple[str, str, Outcome]]:
-    from internvl.evaluate.dual_data import read_classes, read_prompts
+    from internvl.evaluate.dual_data import has_class_folders, read_classes, read_prompts
     from internvl.evaluate.dual_tasks import limited, zero_shot
 
     if len(asked.languages) > 1 and (asked.names is None or Path(asked.names).is_file()):
         raise ValueError("names of one language only; several --languages go with names of the package (imagenet1k)")
     classes = None
-    if asked.names is not None and not asked.data.is_dir():
+    if asked.order is not None and asked.names is None:
+        raise ValueError(f"--order {asked.order} says which of --names a folder has; give --names")
+    if asked.names is not None and not has_class_folders(asked.data):
         classes = read_prompts(asked.names, asked.templates, asked.languages[0]).names
     data, video = read_classes(_where(asked, out), problems, classes)
     data = limited(data, asked.limit)
     found: list[tuple[str, str, Outcome]] = []
     for language in asked.languages:
-        prompts = read_prompts(asked.names, asked.templates, language, data.classes)
+        prompts = read_prompts(asked.names, asked.templates, language, data.classes, asked.order)
         outcome = zero_shot(
             features, data, prompts, asked.head, fit=asked.fit, video=video, frames=asked.frames, language=language
         )
@@ -107,9 +121,11 @@ def _retrieval(
     asked: Retrieval, features: Features, out: Path, problems: list[Problem]
 ) -> list[tuple[str, str, Outcome]]:
     from internvl.evaluate.dual_data import read_pairs
+    from internvl.evaluate.dual_result import raw_captions
     from internvl.evaluate.dual_tasks import limited, retrieval
 
     data, video = read_pairs(_where(asked, out), problems)
+    published = not (video or raw_captions(_data_name(asked)))
     outcome = retrieval(
         features,
         limited(data, asked.limit),
@@ -117,7 +133,7 @@ def _retrieval(
         fit=asked.fit or ("crop" if video else "squash"),
         video=video,
         frames=asked.frames,
-        clean=not video if asked.captions == "auto" else asked.captions == "clean",
+        clean=published if asked.captions == "auto" else asked.captions == "clean",
         rerank=asked.rerank,
         dual_softmax=asked.dual_softmax,
     )
@@ -153,17 +169,25 @@ def _probe(asked: Probe, features: Features, out: Path, problems: list[Problem])
 
 def _segment(asked: Segment, features: Features, out: Path, problems: list[Problem]) -> list[tuple[str, str, Outcome]]:
     from internvl.data.labelled import read_ade20k
-    from internvl.evaluate.dual_tasks import Outcome
+    from internvl.evaluate.dual_tasks import Outcome, limited_places
     from internvl.evaluate.segment_train import examples, fit, protocol, score
-    from internvl.evaluate.segmenter import TASKS as KINDS
-    from internvl.evaluate.segmenter import Segmenter
+    from internvl.evaluate.segmenter import Segmenter, task_of
 
+    if asked.classes < 1:
+        raise ValueError(f"--classes {asked.classes}; at least 1 class is segmented")
     settings = asked.settings()
     train, test = read_ade20k(asked.data, "training"), read_ade20k(asked.data, "validation")
-    test = test[: asked.limit] if asked.limit else test
+    test = tuple(test[place] for place in limited_places(len(test), asked.limit))
     model = Segmenter(features.dual.model.vision, asked.classes, settings).to(features.dual.model.logit_scale.device)
-    said = protocol(settings, model.taps)
-    identity = json.dumps([features.fingerprint, {k: v for k, v in said.items() if k != "stride_px"}, len(train)])
+    dtype = str(features.dual.model.text_projection.dtype).removeprefix("torch.")
+    said = {
+        **protocol(settings, model.taps),
+        "classes": asked.classes,
+        "reduce_zero": asked.reduce_zero,
+        "dtype": dtype,
+    }
+    names = hashlib.sha256(json.dumps([str(item.picture) for item in train]).encode()).hexdigest()
+    identity = json.dumps([features.fingerprint, {k: v for k, v in said.items() if k != "stride_px"}, names])
     with bar("training", settings.iterations) as advance:
         fit(model, train, asked.classes, settings, out, identity, reduce_zero=asked.reduce_zero, advance=advance)
     tested = json.dumps([identity, said["stride_px"], [str(item.picture) for item in test]])
@@ -175,8 +199,7 @@ def _segment(asked: Segment, features: Features, out: Path, problems: list[Probl
     shown = (examples(model, test, asked.classes, settings, reduce_zero=asked.reduce_zero),) if asked.sheet else ()
     scores = {"mean IoU": found.mean_iou, "mean accuracy": found.mean_accuracy, "pixel accuracy": found.pixel_accuracy}
     counts = {"training_pictures": len(train), "pictures": len(test) - len(broken), "pixels": found.num_pixels}
-    task = f"segmentation, {KINDS[asked.kind]}"
-    return [(_data_name(asked), "encoder", Outcome(task, scores, said, counts, tuple(broken), shown))]
+    return [(_data_name(asked), "encoder", Outcome(task_of(settings), scores, said, counts, tuple(broken), shown))]
 
 
 def _result(
@@ -228,6 +251,10 @@ def _leave(asked: Common, out: Path, results: Sequence[Result], outcomes: Sequen
         reasons = one["published"]["why_not"]
         if reasons:
             console.print(f"no published number beside {one['data']}: {'; '.join(reasons)}", style="dim")
+    for result in results:
+        for key, count in result.counts.items():
+            if key in COUNTED and count:
+                console.print(f"{result.data}: {count} {COUNTED[key]}")
     if broken:
         console.print(f"left out: {len(broken)}")
     for problem in broken[:SHOWN]:

@@ -61,6 +61,9 @@ class ZeroShot(Listed):
     names: str | None = None
     """Class names: a file (one a line, in the order of the folders) or a benchmark of the package (imagenet1k); the
     names of the folders when left out."""
+    order: Path | None = None
+    """Where the folders are not all classes of --names, or in another order: a file with a folder's name first on each
+    line, in the order of --names (ImageNet's LOC_synset_mapping.txt, for ImageNet-A and -R)."""
     templates: str | None = None
     """Prompts: a file, one a line, {} for the name, or a benchmark of the package; those of --names where that is one
     when left out, else "a photo of a {}."."""
@@ -78,7 +81,8 @@ class Retrieval(Listed):
     fit: Literal["squash", "crop"] | None = None
     """squash for pictures and crop for videos when left out, as published."""
     captions: Literal["auto", "clean", "raw"] = "auto"
-    """clean: as the official script does before it embeds them; auto: of pictures, not of videos. XTD wants raw."""
+    """clean: as the official script does before it embeds them; auto: of pictures, not of videos nor of data whose
+    --name begins with XTD."""
     rerank: int = 0
     """Put this many of the best in the order of image-text matching (InternVL-G); the paper does not."""
     dual_softmax: float | None = None

@@ -59,11 +59,13 @@ def filter_pairs(
     judge = PairFilter(rules)
     for data in against:
         for position in range(len(data.lines)):
-            judge.hold_out(Path(parse_pair(data.lines.read(position), data.root, data.source(position)).path))
+            judge.hold_out(parse_pair(data.lines.read(position), data.root, data.source(position)))
     reports = [
         _filter_set(data, name, out, judge, similarities, on_progress)
         for data, name in zip(sets, file_names(sets), strict=True)
     ]
+    if isinstance(similarities, GivenVectors):
+        similarities.finish()
     if problems:
         _write(out / "layouts.rejected.jsonl", [{"source": p.source, "reason": p.message} for p in problems])
         reports.append(Counted("layouts", len(problems), 0, Counter(unreadable=len(problems))))
@@ -137,26 +139,37 @@ def _line(line: bytes, pair: Pair, captions: tuple[str, ...]) -> dict[str, Any]:
     return content if captions == pair.captions else {**content, "caption": list(captions)}
 
 
-def given_vectors(images: Float[Tensor, "pairs embed"], texts: Float[Tensor, "captions embed"]) -> Similarities:
-    """From vectors in the order of the readable lines, and of their captions one after the other."""
-    images, texts = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (images, texts))
-    place, caption = 0, 0
+class GivenVectors:
+    """Similarities from vectors in the order of the lines that are pairs, and of their captions one after the other.
 
-    def similarities(pairs: Sequence[Pair]) -> list[list[float]]:
-        nonlocal place, caption
+    Lines that are no pair have none; a picture that cannot be opened has its place.
+    """
+
+    def __init__(self, images: Float[Tensor, "pairs embed"], texts: Float[Tensor, "captions embed"]) -> None:
+        self.images, self.texts = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (images, texts))
+        self.place = self.caption = 0
+
+    def __call__(self, pairs: Sequence[Pair]) -> list[list[float]]:
         found = []
         for pair in pairs:
-            some = texts[caption : caption + len(pair.captions)]
-            if place >= len(images) or len(some) < len(pair.captions):
+            some = self.texts[self.caption : self.caption + len(pair.captions)]
+            if self.place >= len(self.images) or len(some) < len(pair.captions):
                 raise ValueError(
-                    f"{pair.source}: {len(images)} vectors of pictures and {len(texts)} of captions end here; give one "
-                    "for each line and each caption, in the order of the sets"
+                    f"{pair.source}: {len(self.images)} vectors of pictures and {len(self.texts)} of captions end "
+                    "here; give one for each line that is a pair and each of its captions, in the order of the sets"
                 )
-            found.append((some @ images[place]).tolist())
-            place, caption = place + 1, caption + len(some)
+            found.append((some @ self.images[self.place]).tolist())
+            self.place, self.caption = self.place + 1, self.caption + len(some)
         return found
 
-    return similarities
+    def finish(self) -> None:
+        """ValueError where vectors are left: they were of other lines."""
+        if (self.place, self.caption) != (len(self.images), len(self.texts)):
+            raise ValueError(
+                f"{len(self.images)} vectors of pictures and {len(self.texts)} of captions for {self.place} pairs with "
+                f"{self.caption} captions; give one for each line that is a pair and each of its captions: lines that "
+                "are none, and empty captions, have no vector"
+            )
 
 
 def file_names(sets: Sequence[DataSet]) -> list[str]:
@@ -165,15 +178,22 @@ def file_names(sets: Sequence[DataSet]) -> list[str]:
     for data in sets:
         stem = data.name or Path(data.annotation).stem
         plain = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in stem)
-        names.append(plain if plain not in names else f"{plain}-{len(names)}")
+        tries = (plain, *(f"{plain}-{number}" for number in range(1, len(sets) + 1)))
+        names.append(next(name for name in tries if name not in names))
     return names
 
 
 def _write(path: Path, lines: Sequence[Any]) -> None:
     scratch = path.with_name(f".{path.name}.part")
     with open(scratch, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        file.writelines(_dumped(line) + "\n" for line in lines)
     scratch.replace(path)
+
+
+def _dumped(line: Any) -> str:
+    """As JSON; half surrogate pairs, which a field that nobody reads may have, stay as they were spelled."""
+    text = json.dumps(line, ensure_ascii=False)
+    return json.dumps(line) if any("\ud800" <= sign <= "\udfff" for sign in text) else text
 
 
 def _write_json(path: Path, content: Any) -> None:

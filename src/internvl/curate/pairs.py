@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,21 @@ REASONS = {
     "near": "a picture that looks the same came before",
     "held_out": "it looks like a picture of the sets given as against",
 }
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\s\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
-"""What spaces part; each sign of Chinese and Japanese, which write none, is a word."""
+_CHINESE = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+_WORD = re.compile(rf"[{_CHINESE}]|[{_UNSPACED}]{{1,4}}|[^\s\u0f0b{_CHINESE}{_UNSPACED}]+")
+"""What spaces part (in Tibetan, points). Each sign of Chinese and Japanese, which write none, is a word; so are four
+signs of Thai, Lao, Burmese and Khmer, whose words have about as many."""
+
+
+def num_words(caption: str) -> int:
+    """In any script."""
+    return len(_WORD.findall(caption))
+
+
+def num_letters(caption: str) -> int:
+    """Signs, spaces too; a wide one (Chinese, Japanese, Korean) says as much as two letters."""
+    return sum(2 if unicodedata.east_asian_width(sign) in "WF" else 1 for sign in caption)
 
 
 @dataclass(frozen=True)
@@ -43,8 +57,9 @@ class PairRules:
     most_ratio: float = 3.0
     """Longer side over shorter side."""
     least_words: int = 3
-    """Chinese and Japanese signs count one each."""
+    """Chinese and Japanese signs count one each, four of Thai, Lao, Burmese and Khmer one together."""
     least_letters: int = 6
+    """Chinese, Japanese and Korean signs count two each."""
     most_words: int | None = None
     languages: tuple[str, ...] = ()
     """As the lines name them; any, also none, when empty."""
@@ -54,6 +69,9 @@ class PairRules:
     """Bits of 64 by which the look of a near duplicate may differ; None leaves near duplicates in."""
 
     def __post_init__(self) -> None:
+        for name in ("least_side", "least_words", "least_letters"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0, which lets all pass")
         if self.most_ratio < 1:
             raise ValueError(f"most_ratio is {self.most_ratio}; it is longer over shorter side, so at least 1")
         if self.least_similarity is not None and not -1 <= self.least_similarity <= 1:
@@ -81,9 +99,15 @@ class PairFilter:
         """Content of kept pictures -> where they stood first."""
         self._pairs: dict[tuple[bytes, str], str] = {}
 
-    def hold_out(self, picture: Path) -> None:
-        """Pictures that look like this one go."""
-        self._held_out.add(look(open_image(picture)), str(picture))
+    def hold_out(self, pair: Pair) -> None:
+        """Pictures that look like this pair's go. ValueError where it cannot be opened: it could not be kept out."""
+        try:
+            image = open_image(Path(pair.path))
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"{pair.source}: {error}; what cannot be seen cannot be held out: repair or remove the line"
+            ) from error
+        self._held_out.add(look(image), pair.path)
 
     def judge(self, pair: Pair, similarities: Sequence[float] | None = None) -> Verdict:
         """`similarities`: of each caption with the picture. ValueError and OSError where it cannot be opened."""
@@ -122,7 +146,7 @@ class PairFilter:
             raise ValueError("least_similarity is set but there are no vectors; give --vectors or --model")
         found, reason = [], ""
         for number, caption in enumerate(pair.captions):
-            words, letters = len(_WORD.findall(caption)), len(caption)
+            words, letters = num_words(caption), num_letters(caption)
             if words < rules.least_words or letters < rules.least_letters:
                 reason = reason or "short"
             elif rules.most_words is not None and words > rules.most_words:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ class CaptionSet:
     """Pictures whose captions were all empty, left out."""
     left_out: int = 0
     """Entries that could not be used."""
+    bare_pictures: tuple[Path, ...] = ()
+    """Those of `bare`."""
 
     @property
     def captions(self) -> list[str]:
@@ -58,6 +61,18 @@ def clean_caption(caption: str, max_words: int = MAX_WORDS) -> str:
     return " ".join(_CLEANED.sub(" ", caption.lower()).split()[:max_words])
 
 
+def check_unicode(text: str) -> str:
+    """The text; ValueError for half a surrogate pair, which JSON can spell and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        shown = text.encode("utf-8", "replace").decode()[:40]
+        raise ValueError(
+            f"{shown!r} is no Unicode at character {error.start}, half a surrogate pair; repair or remove it"
+        ) from error
+    return text
+
+
 def read_karpathy(
     path: str | Path, root: str | Path, split: str = "test", problems: list[Problem] | None = None
 ) -> CaptionSet:
@@ -68,9 +83,11 @@ def read_karpathy(
     entries = load_list(path, "images")
     wanted = ("train", "restval") if split == "train" else (split,)
     pairs, left_out = [], 0
+    splits: Counter[str] = Counter()
     for number, entry in enumerate(entries):
         try:
-            if field_of(entry, "split", str) not in wanted:
+            splits[field_of(entry, "split", str)] += 1
+            if entry["split"] not in wanted:
                 continue
             sentences = [field_of(one, "raw", str) for one in field_of(entry, "sentences", list)]
             folder = field_of(entry, "filepath", str) if "filepath" in entry else ""  # COCO's file has it, Flickr's not
@@ -78,7 +95,9 @@ def read_karpathy(
         except ValueError as error:
             left_out += 1
             report(f"{path}: images[{number}]", str(error), problems)
-    return gather(pairs, f"{path}, split {split!r}", left_out)
+    if not pairs and not left_out:
+        raise ValueError(f"{path}: no picture of split {split!r}; there are {said_splits(splits)}: choose one")
+    return gather(pairs, f"{path}, split {split!r}", left_out, problems)
 
 
 def read_coco(path: str | Path, root: str | Path, problems: list[Problem] | None = None) -> CaptionSet:
@@ -105,21 +124,34 @@ def read_coco(path: str | Path, root: str | Path, problems: list[Problem] | None
         except ValueError as error:
             left_out += 1
             report(f"{path}: annotations[{number}]", str(error), problems)
-    return gather([(files[name], texts[name]) for name in files], str(path), left_out)
+    return gather([(files[name], texts[name]) for name in files], str(path), left_out, problems)
 
 
-def gather(pairs: Sequence[tuple[Path, Sequence[str]]], source: str, left_out: int = 0) -> CaptionSet:
-    """Pictures with their captions, empty ones left out and counted."""
-    items, empty, bare = [], 0, 0
+def said_splits(splits: Mapping[str, int]) -> str:
+    """Splits of a file and how many entries each has, for messages."""
+    return ", ".join(f"{name!r} ({count})" for name, count in sorted(splits.items())) or "none"
+
+
+def gather(
+    pairs: Sequence[tuple[Path, Sequence[str]]],
+    source: str,
+    left_out: int = 0,
+    problems: Sequence[Problem] | None = None,
+) -> CaptionSet:
+    """Pictures with their captions, empty ones left out and counted. ValueError, with the first of `problems`, where
+    nothing is left."""
+    items, empty, bare = [], 0, []
     for path, sentences in pairs:
         kept = tuple(one.strip() for one in sentences if one.strip())
         empty += len(sentences) - len(kept)
-        bare += not kept
         if kept:
             items.append(Captioned(path, kept))
+        else:
+            bare.append(path)
     if not items:
-        raise ValueError(f"{source}: no picture with a caption ({bare} without, {left_out} unusable); check the split")
-    return CaptionSet(tuple(items), empty, bare, left_out)
+        first = f"the first problem: {problems[0].source}: {problems[0].message}" if problems else "check the file"
+        raise ValueError(f"{source}: no picture with a caption ({len(bare)} without, {left_out} unusable); {first}")
+    return CaptionSet(tuple(items), empty, len(bare), left_out, tuple(bare))
 
 
 def load_list(path: str | Path, field: str) -> list[Any]:
@@ -137,4 +169,6 @@ def field_of(entry: Any, name: str, kind: type | tuple[type, ...]) -> Any:
     if not isinstance(entry, dict) or not isinstance(entry.get(name), kind):
         shown = entry.get(name) if isinstance(entry, dict) else entry
         raise ValueError(f"`{name}` is {str(shown)[:60]!r}; the layout wants another kind of value")
+    if isinstance(entry[name], str):
+        check_unicode(entry[name])
     return entry[name]

@@ -6,10 +6,11 @@ Frames are decoded by media.py; lists of `PATH NUMBER` are labelled.py's.
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from internvl.data.captions import CaptionSet, field_of, gather, load_list
+from internvl.data.captions import CaptionSet, field_of, gather, load_list, said_splits
 from internvl.data.labelled import Labelled, LabelledSet, check_classes, report
 from internvl.data.media import parts
 from internvl.data.records import Problem
@@ -26,11 +27,13 @@ def read_kinetics(
     """The official CSV (label, youtube_id, time_start, time_end, split); videos lie below `root` as `pattern` says.
 
     Classes are the labels in alphabetical order, or `classes` in its order. Videos that are not there (many of
-    YouTube's are gone) are left out and counted; the score then belongs to what is left.
+    YouTube's are gone) are left out, counted, and named in `problems`; the score then belongs to what is left.
     """
-    rows = [
-        row for row in _rows(path, ("label", "youtube_id", "time_start", "time_end"), problems) if _in(row[1], split)
-    ]
+    every = list(_rows(path, ("label", "youtube_id", "time_start", "time_end"), problems))
+    rows = [row for row in every if _in(row[1], split)]
+    if every and not rows:
+        splits = Counter(row.get("split", "") for _, row in every)
+        raise ValueError(f"{path}: no video of split {split!r}; there are {said_splits(splits)}: choose one")
     names = check_classes(sorted({row["label"] for _, row in rows}) if classes is None else classes, str(path))
     numbers = {name: number for number, name in enumerate(names)}
     items, left_out = [], 0
@@ -47,6 +50,8 @@ def read_kinetics(
             items.append(Labelled(video, numbers[row["label"]]))
         else:
             left_out += 1
+            if problems is not None:
+                problems.append(Problem(f"{path}:{number}", f"{video}: no such video; fetch it, or score without it"))
     if not items:
         raise ValueError(f"{path}: none of {len(rows)} videos lies below {root} as {pattern!r}; check root and pattern")
     return LabelledSet(names, tuple(items), left_out)
@@ -114,7 +119,7 @@ def read_msrvtt(
     unknown = [name for name in chosen if name not in sentences]
     if unknown:
         raise ValueError(f"{path}: no sentence for {unknown[0]!r} ({len(unknown)} such); give names of this file")
-    return gather([(Path(root, name + suffix), sentences[name]) for name in chosen], str(path), left_out)
+    return gather([(Path(root, name + suffix), sentences[name]) for name in chosen], str(path), left_out, problems)
 
 
 def protocol_frames(length: int, count: int) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 
 from internvl.batch import Texts
 from internvl.config import LanguageConfig
-from internvl.data.captions import MAX_TOKENS
+from internvl.data.captions import MAX_TOKENS, check_unicode
 from internvl.tokens import IGNORE_INDEX
 
 TEXT_PREFIX = "summarize:"
@@ -37,7 +37,8 @@ class DualTokeniser:
     language: LanguageConfig
 
     def row(self, text: str, end: bool = True, room: int = MAX_TOKENS) -> Row:
-        """Begin of text, text, end of text: at most `room` tokens."""
+        """Begin of text, text, end of text: at most `room` tokens. ValueError for what is no Unicode."""
+        check_unicode(text)
         ending = self._control("eos_token_id") if end else []
         beginning = self._control("bos_token_id")
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

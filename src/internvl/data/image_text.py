@@ -19,6 +19,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from internvl.batch import PairBatch, Texts
+from internvl.data.captions import check_unicode, clean_caption
 from internvl.data.crop import random_crop, squash
 from internvl.data.dual_texts import TEXT_PREFIX, DualTokeniser, Row, pad
 from internvl.data.images import open_image
@@ -77,6 +78,11 @@ def _captions(value: Any, source: str) -> tuple[str, ...]:
     kept = tuple(text.strip() for text in texts if text.strip())
     if not kept:
         raise ValueError(f"{source}: an empty caption; remove the line, or set data.on_error to skip")
+    for text in kept:
+        try:
+            check_unicode(text)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
     return kept
 
 
@@ -145,6 +151,8 @@ class PairEncoder:
 
     words: DualTokeniser
     settings: PairSettings
+    clean: bool = False
+    """Captions after the official clean-up (`captions.clean_caption`), as retrieval is scored."""
 
     def encode(
         self, pair: Pair, rng: np.random.Generator, negative: str | None = None, with_pixels: bool = True
@@ -152,6 +160,8 @@ class PairEncoder:
         """`negative`: a text of another picture. The text is drawn first, so pixels left out change nothing else."""
         settings, words = self.settings, self.words
         text = pair.captions[int(rng.integers(len(pair.captions)))]
+        if self.clean:
+            text, negative = clean_caption(text), None if negative is None else clean_caption(negative)
         whole = settings.forms == "all"
         caption, labels = words.caption(text) if whole else (None, None)
         pixels = kept = None

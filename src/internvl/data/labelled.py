@@ -85,13 +85,18 @@ def _text(path: str | Path) -> str:
 def read_image_folder(root: str | Path, classes: Sequence[str] | None = None) -> LabelledSet:
     """ROOT/CLASS/.../picture: folders in alphabetical order are the classes, or those of `classes` in its order.
 
-    Other files are left out and counted; hidden ones are not looked at. ValueError for a class without a picture and
-    for a folder that `classes` does not name.
+    Folders that are all numbers (ImageNet-V2: 0 to 999) are in the order of the numbers: they are labels. Other files
+    are left out and counted; hidden ones are not looked at. ValueError for a class without a picture and for a folder
+    that `classes` does not name.
     """
     folder = Path(root)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give the one that holds a folder for each class")
     found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not found and classes is None:
+        raise ValueError(f"{folder}: no folder in it; a folder for each class is needed, with its pictures inside")
+    if all(name.isdecimal() for name in found):
+        found.sort(key=int)
     names = check_classes(found if classes is None else classes, str(folder))
     unknown, absent = sorted(set(found) - set(names)), [name for name in names if name not in found]
     if unknown or absent:

@@ -46,6 +46,10 @@ def _lines(data: DataSet, entry: Mapping[str, Any], out: Path, problems: list[Pr
             if layout == "karpathy"
             else read_coco(data.annotation, data.root, problems)
         )
+        problems.extend(
+            Problem(f"{data.annotation}: {path}", "all its captions are empty; write one or remove the picture")
+            for path in found.bare_pictures
+        )
         lines = ({"image": str(item.path.absolute()), "caption": list(item.captions)} for item in found.items)
     path = folder / "pairs.jsonl"
     with open(path, "w", encoding="utf-8") as file:
@@ -59,7 +63,7 @@ def _tar(data: DataSet, folder: Path, problems: list[Problem]) -> Iterator[dict[
         try:
             content, text = picture_and_text(sample)
         except ValueError as error:
-            problems.append(Problem(sample.source, str(error)))
+            problems.append(Problem(sample.source, str(error).removeprefix(f"{sample.source}: ")))
             continue
         suffix = next(field for field in PICTURE_FIELDS if field in sample.fields)
         path = (folder / f"{number:08d}.{suffix}").absolute()

@@ -55,6 +55,9 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
     a set of one picture scores 0.
     """
     check_lengths(captions, references)
+    single = [place for place, group in enumerate(references) if isinstance(group, str)]
+    if single:
+        raise ValueError(f"the references of picture {single[0]} are one text; put it into a list, [{references[0]!r}]")
     said = [tokenise(caption) for caption in captions]
     wanted = [[tokenise(reference) for reference in group] for group in references]
     return CaptionScores(

@@ -6,8 +6,9 @@ Pictures inside tars and parquet files are written out once, so that all that fo
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from internvl.data.shards import PICTURE_FIELDS, picture_and_text, read_parquet,
 from internvl.fetch import PACKAGES, fetch
 
 TARS = (".tar", ".tar.gz", ".tgz")
+_PARTS = re.compile(r"(\d+)")
 PLAIN_TEMPLATE = "a photo of a {}."  # CLIP, section 3.1.4
 
 
@@ -63,14 +65,27 @@ def is_archive(path: Path) -> bool:
     return path.name.lower().endswith((*TARS, ".parquet"))
 
 
+def archives(path: Path) -> list[Path]:
+    """The file, where it is an archive, or the archives of a folder, shard 2 before shard 10."""
+    if not path.is_dir():
+        return [path] if is_archive(path) else []
+    found = [file for file in path.iterdir() if file.is_file() and is_archive(file) and not file.name.startswith(".")]
+    return sorted(found, key=lambda file: [int(part) if part.isdecimal() else part for part in _PARTS.split(file.name)])
+
+
+def has_class_folders(path: Path) -> bool:
+    """Whether a folder is one of class folders: an archive that lies beside them is where they came from."""
+    return path.is_dir() and any(child.is_dir() and not child.name.startswith(".") for child in path.iterdir())
+
+
 def read_pairs(where: Where, problems: list[Problem]) -> tuple[CaptionSet, bool]:
     """Pictures or videos with their captions, and whether they are videos. Bad entries are listed in `problems`."""
     path = where.path
-    if is_archive(path):
+    if archives(path):
         pairs = [(file, _sentences(text)) for file, text in _unpacked(where, "txt", problems)]
-        return gather(pairs, str(path), len(problems)), False
+        return gather(pairs, str(path), len(problems), problems), False
     if path.suffix.lower() == ".jsonl":
-        return gather(list(_lines_of_pairs(where, problems)), str(path), len(problems)), False
+        return gather(list(_lines_of_pairs(where, problems).items()), str(path), len(problems), problems), False
     if path.suffix.lower() == ".csv":
         return read_msrvtt(path, where.folder, problems=problems), True
     if path.suffix.lower() != ".json" or not path.is_file():
@@ -83,16 +98,19 @@ def read_pairs(where: Where, problems: list[Problem]) -> tuple[CaptionSet, bool]
     return read_karpathy(path, where.folder, where.split, problems), False
 
 
-def _lines_of_pairs(where: Where, problems: list[Problem]) -> Iterator[tuple[Path, Sequence[str]]]:
-    """The layout that training reads: {"image", "caption"} a line."""
+def _lines_of_pairs(where: Where, problems: list[Problem]) -> dict[Path, list[str]]:
+    """The layout that training reads: {"image", "caption"} a line. Lines of one picture are captions of one picture:
+    twice among the pictures it would stand beside itself."""
+    found: dict[Path, list[str]] = {}
     for number, line in enumerate(where.path.read_bytes().splitlines(), 1):
         source = f"{where.path}:{number}"
         try:
             if line.strip():
                 pair = parse_pair(line, str(where.folder), source)
-                yield Path(pair.path), pair.captions
+                found.setdefault(Path(pair.path), []).extend(pair.captions)
         except ValueError as error:
             problems.append(Problem(source, str(error).removeprefix(f"{source}: ")))
+    return found
 
 
 def _fields(path: Path) -> set[str]:
@@ -105,8 +123,8 @@ def _fields(path: Path) -> set[str]:
 
 def read_classes(where: Where, problems: list[Problem], classes: Sequence[str] | None) -> tuple[LabelledSet, bool]:
     """Pictures or videos with their class, and whether they are videos. Lists of numbers need `classes`."""
-    path = where.path
-    if path.is_dir():
+    path, shards = where.path, archives(where.path)
+    if has_class_folders(path) or (path.is_dir() and not shards):
         return read_image_folder(path), False
     if path.suffix.lower() == ".csv":
         return read_kinetics(path, where.folder, split=where.split, problems=problems), True
@@ -115,7 +133,7 @@ def read_classes(where: Where, problems: list[Problem], classes: Sequence[str] |
     if path.suffix.lower() == ".txt":
         found = read_path_list(path, where.folder, classes, problems)
         return found, found.items[0].path.suffix.lower() in (".mp4", ".avi", ".webm", ".mkv", ".mov")
-    if not is_archive(path):
+    if not shards:
         raise ValueError(f"{path}: no data of classes; give class folders, a list .txt, Kinetics' .csv, a tar, parquet")
     items = []
     for file, text in _unpacked(where, "cls", problems):
@@ -124,48 +142,62 @@ def read_classes(where: Where, problems: list[Problem], classes: Sequence[str] |
         else:
             report(f"{path}: {file.name}", f"class {text!r} is no number below {len(classes)}", problems)
     if not items:
-        raise ValueError(f"{path}: no picture with a class; the first problem: {problems[0] if problems else 'none'}")
+        first = f"the first problem: {problems[0].source}: {problems[0].message}" if problems else "the file is empty"
+        raise ValueError(f"{path}: no picture with a class; {first}")
     return LabelledSet(tuple(classes), tuple(items), len(problems)), False
 
 
 def _sentences(text: Any) -> list[str]:
-    return [str(one) for one in text] if isinstance(text, list) else [str(text)]
+    """Of a list its texts; of a text its lines, which is how CLIP benchmark's shards hold several captions."""
+    return [str(one) for one in text] if isinstance(text, list) else str(text).splitlines() or [""]
 
 
 def _unpacked(where: Where, text_field: str, problems: list[Problem]) -> Iterator[tuple[Path, Any]]:
     """Pictures as files and what is said of them. Names in archives are not trusted: files are numbered."""
-    folder = where.scratch / where.path.name
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, (content, text) in enumerate(_samples(where, text_field, problems)):
-        file = folder / f"{number:08d}.jpg"  # Pillow goes by the content
-        if not file.is_file() or file.stat().st_size != len(content):
-            file.write_bytes(content)
-        yield file, text
+    for shard in archives(where.path):
+        folder = where.scratch / shard.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, (content, text) in enumerate(_samples(shard, where.columns, text_field, problems)):
+            file = folder / f"{number:08d}.jpg"  # Pillow goes by the content
+            if not file.is_file() or file.read_bytes() != content:  # a shard may have changed since
+                file.write_bytes(content)
+            yield file, text
 
 
-def _samples(where: Where, text_field: str, problems: list[Problem]) -> Iterator[tuple[bytes, Any]]:
-    if where.path.suffix.lower() == ".parquet":
-        picture, text = where.columns
-        for row in read_parquet(where.path, where.columns, problems=problems):
+def _samples(
+    shard: Path, columns: tuple[str, str], text_field: str, problems: list[Problem]
+) -> Iterator[tuple[bytes, Any]]:
+    if shard.suffix.lower() == ".parquet":
+        picture, text = columns
+        for row in read_parquet(shard, columns, problems=problems):
             if isinstance(row[picture], bytes):
                 yield row[picture], row[text]
             else:
-                report(str(where.path), f"column {picture!r} holds no bytes; name another with --columns", problems)
+                report(str(shard), f"column {picture!r} holds no bytes; name another with --columns", problems)
         return
-    for sample in read_tar(where.path, problems):
+    for sample in read_tar(shard, problems):
         try:
             yield picture_and_text(sample, text_field, PICTURE_FIELDS)
         except ValueError as error:
-            problems.append(Problem(sample.source, str(error)))
+            problems.append(Problem(sample.source, str(error).removeprefix(f"{sample.source}: ")))
 
 
-def read_prompts(names: str | None, templates: str | None, language: str, folders: Sequence[str] = ()) -> Prompts:
+def read_prompts(
+    names: str | None,
+    templates: str | None,
+    language: str,
+    folders: Sequence[str] = (),
+    order: Path | None = None,
+) -> Prompts:
     """Class names out of a file, of a benchmark of the package (imagenet1k) or of the folders; templates likewise.
 
-    Names of files must differ; those of the package are read as published. ValueError where names are those of the
-    folders, but in another order: every label would be wrong.
+    `order` is a file with a folder's name first on each line, in the order of the names: of them those of the folders
+    are taken (ImageNet-A and -R have 200 of 1,000 classes). Names of files must differ; those of the package are read
+    as published. ValueError where names are those of the folders, but in another order: every label would be wrong.
     """
     found = _read_prompts(names, templates, language, folders)
+    if order is not None:
+        found = replace(found, names=_picked(found, order, folders))
     said, wanted = ([name.casefold().replace("_", " ") for name in group] for group in (found.names, folders))
     if said != wanted and sorted(said) == sorted(wanted):
         place = next(n for n, pair in enumerate(zip(said, wanted, strict=True)) if pair[0] != pair[1])
@@ -174,6 +206,21 @@ def read_prompts(names: str | None, templates: str | None, language: str, folder
             "count in alphabetical order: leave out --names, or write the names in that order"
         )
     return found
+
+
+def _picked(found: Prompts, order: Path, folders: Sequence[str]) -> tuple[str, ...]:
+    """The names of the folders, in their order."""
+    listed = [line.split()[0] for line in _lines(order, "no folder; write the name of one first on each line")]
+    if len(listed) != len(found.names):
+        raise ValueError(f"{order}: {len(listed)} lines for {len(found.names)} names ({found.source}); one a name")
+    places = {name: place for place, name in enumerate(listed)}
+    unknown = [name for name in folders if name not in places]
+    if unknown or not folders:
+        raise ValueError(
+            f"{order}: {len(unknown)} of {len(folders)} class folders are not listed, such as {unknown[:3]}; give the "
+            "list that goes with the names (ImageNet's LOC_synset_mapping.txt with imagenet1k)"
+        )
+    return tuple(found.names[places[name]] for name in folders)
 
 
 def _read_prompts(names: str | None, templates: str | None, language: str, folders: Sequence[str]) -> Prompts:
@@ -199,8 +246,8 @@ def _templates(given: str, language: str) -> tuple[str, ...]:
     return class_names.read(fetch(class_names.PACKAGE), given, language).templates
 
 
-def _lines(path: Path) -> tuple[str, ...]:
+def _lines(path: Path, missing: str = "no template; write one a line, with {} for the name") -> tuple[str, ...]:
     lines = tuple(line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     if not lines:
-        raise ValueError(f"{path}: no template; write one a line, with {{}} for the name")
+        raise ValueError(f"{path}: {missing}")
     return lines

@@ -21,6 +21,16 @@ ENCODER = "InternViT-6B-224px"
 HEADS = {"c": "InternVL-C", "g": "InternVL-G", "encoder": ENCODER}
 """Head -> the name that the paper's numbers of this kind stand under."""
 
+_SEGMENTATION = {
+    "crop_px": 504,
+    "stride_px": 322,
+    "train_batch": 16,
+    "learning_rate": 4e-5,
+    "upernet_width": 1536,
+    "auxiliary_weight": 0.4,
+    "classes": 150,
+    "reduce_zero": True,
+}
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "zero-shot classification": {"fit": "crop", "side": 224, "prompts": "clip-benchmark 1.6.2"},
     "zero-shot video classification": {"fit": "crop", "side": 224, "prompts": "unknown: the paper does not say them"},
@@ -40,7 +50,16 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "length_penalty": 1.0,
     },
     "linear probe": {"fit": "crop", "side": 224, "augmentation": "crop, flip", "learning_rates": [0.1], "epochs": 10},
-    "segmentation": {"crop_px": 504, "stride_px": 322, "iterations": 80_000, "train_batch": 16, "share": 1},
+    "segmentation": {**_SEGMENTATION, "share": 1, "iterations": 80_000, "warmup": 1500},
+    **{
+        f"few-shot segmentation, {'all' if share == 1 else f'1/{share}'} of the pictures": {
+            **_SEGMENTATION,
+            "share": share,
+            "iterations": 80_000 // share,
+            "warmup": warmup,
+        }
+        for share, warmup in ((16, 100), (8, 200), (4, 400), (2, 800), (1, 1500))
+    },
 }
 """What the paper's numbers were measured with (sections 5.1 to 5.8 of its supplement; official repository)."""
 
@@ -74,10 +93,15 @@ def differences(result: Result) -> list[str]:
     found = [] if result.complete else ["only a part of the data was used"]
     if result.left_out:
         found.append(f"{len(result.left_out)} items were left out")
-    for key, value in PROTOCOLS[family].items():
+    for key, value in {**PROTOCOLS[family], **({"clean": False} if raw_captions(result.data) else {})}.items():
         if result.protocol.get(key) != value:
             found.append(f"{key}: {result.protocol.get(key)!r} here, {value!r} in the paper")
     return found
+
+
+def raw_captions(data: str) -> bool:
+    """Whether the official script leaves captions of this data as they are: of XTD (multilingual_mscoco.py)."""
+    return data.startswith("XTD")
 
 
 def beside(result: Result) -> dict[str, Any]:

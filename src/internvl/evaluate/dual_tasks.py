@@ -61,6 +61,7 @@ def zero_shot(
             f"{len(prompts.names)} class names ({prompts.source}) for {len(data.classes)} classes of the data; give "
             "one name a class, in the order of the folders"
         )
+    check_frames(frames)
     paths = [item.path for item in data.items]
     kept = features.videos(paths, frames, head, fit) if video else features.pictures(paths, head, fit)
     items = _some(kept.at(data.items), paths, kept.broken)
@@ -85,6 +86,7 @@ def zero_shot(
             "classes": len(prompts.names),
             "tied": result.num_tied,
             "names_twice": len(prompts.names) - len(set(prompts.names)),
+            "left_out_by_reader": data.left_out,
             "long_prompts": features.dual.num_cut(every),
         },
         kept.broken,
@@ -106,8 +108,14 @@ def _in_order(vectors: Tensor) -> TextEmbedder:
 
 def _some(items: list[Any], paths: Sequence[Path], broken: Sequence[Problem]) -> list[Any]:
     if not items:
-        raise ValueError(f"none of {len(paths)} pictures could be used; the first: {broken[0] if broken else 'none'}")
+        first = f"; the first: {broken[0].message}" if broken else ""
+        raise ValueError(f"none of {len(paths)} pictures or videos could be used{first}")
     return items
+
+
+def check_frames(frames: int) -> None:
+    if frames < 1:
+        raise ValueError(f"--frames {frames}; at least 1 of each video is looked at")
 
 
 def _accuracy(result: Accuracy, video: bool = False) -> dict[str, float]:
@@ -128,16 +136,21 @@ def retrieval(
     dual_softmax: float | None = None,
 ) -> Outcome:
     """Recall both ways; `rerank` puts that many of the best in the order of image-text matching."""
+    check_frames(frames)
+    if rerank < 0:
+        raise ValueError(f"--rerank {rerank}; give how many of the best are put in order, 0 for none")
     if rerank and (dual_softmax is not None or video):
         raise ValueError("re-ranking goes with pictures and plain cosines; leave out --dual-softmax and videos")
     matcher = PairMatcher(features.dual, [], []) if rerank else None  # says early what cannot be
     paths = [item.path for item in data.items]
     kept = features.videos(paths, frames, head, fit) if video else features.pictures(paths, head, fit)
     used = CaptionSet(tuple(_some(kept.at(data.items), paths, kept.broken)))
-    rows, emptied = kept.rows, 0
+    rows, emptied, seen = kept.rows, 0, len(used.items)
     if clean:
         rows = rows[[place for place, item in enumerate(used.items) if any(map(clean_caption, item.captions))]]
         used, emptied = _cleaned(used)
+        if not used.items:
+            raise ValueError(f"the clean-up leaves no caption of {seen} pictures; check them, or give --captions raw")
     texts = features.texts(used.captions)
     owners = torch.tensor(used.image_of_text)
     if matcher is not None:
@@ -166,7 +179,7 @@ def retrieval(
             "pictures": len(used.items),
             "texts": len(used.captions),
             "empty_captions": data.empty + emptied,
-            "bare_pictures": data.bare,
+            "bare_pictures": data.bare + seen - len(used.items),
             "long_captions": features.dual.num_cut(used.captions),
             "tied": found.image_to_text.num_tied + found.text_to_image.num_tied,
         },
@@ -259,7 +272,12 @@ def probing(
             "seed": settings.seed,
             **chosen,
         },
-        {"training_pictures": len(labels), "pictures": len(items), "classes": len(train.classes)},
+        {
+            "training_pictures": len(labels),
+            "pictures": len(items),
+            "classes": len(train.classes),
+            "left_out_by_reader": train.left_out + test.left_out,
+        },
         (*learn.broken, *look.broken),
         (probed(head, items, wanted, look.rows, train.classes),),
     )
@@ -278,7 +296,11 @@ def limited(data: Any, limit: int | None) -> Any:
     """The first `limit` items of a set, spread over it, so that class folders keep most of their classes."""
     if limit is None or limit >= len(data.items):
         return data
-    if limit < 1:
+    return replace(data, items=tuple(data.items[place] for place in limited_places(len(data.items), limit)))
+
+
+def limited_places(count: int, limit: int | None) -> list[int]:
+    """Places of `limit` of so many items, spread over them; all without a limit."""
+    if limit is not None and limit < 1:
         raise ValueError(f"--limit {limit}; at least one item is needed")
-    chosen = spaced(len(data.items), limit)
-    return replace(data, items=tuple(data.items[place] for place in chosen))
+    return list(range(count)) if limit is None else spaced(count, limit)

@@ -122,6 +122,8 @@ def rank(queries: Side, items: Side, *, block: int = BLOCK, dual_softmax: float 
     `dual_softmax`: scores are multiplied by their softmax over the queries at this scale (official MSR-VTT script: 1).
     It looks at all queries at once, so it is no retrieval of one query: off unless asked for.
     """
+    if dual_softmax is not None and not dual_softmax > 0:
+        raise ValueError(f"dual softmax at a scale of {dual_softmax}; it must be above 0, or left out")
     queries, items = together(queries, items)
     given, wanted = queries.vectors, items.vectors
     missing = ~torch.isin(queries.group, items.group)
@@ -131,7 +133,7 @@ def rank(queries: Side, items: Side, *, block: int = BLOCK, dual_softmax: float 
             f"{int(missing.nonzero()[0])}; leave them out"
         )
     norm = None if dual_softmax is None else column_log_norm(given, wanted, dual_softmax, block)
-    scale = dual_softmax or 1.0
+    scale = 1.0 if dual_softmax is None else dual_softmax
     best = torch.full((len(given),), -torch.inf, dtype=given.dtype, device=given.device)
     for top, left, scores in score_blocks(given, wanted, block, norm, scale):
         rows = slice(top, top + len(scores))
@@ -149,7 +151,12 @@ def rank(queries: Side, items: Side, *, block: int = BLOCK, dual_softmax: float 
 
 
 def together(queries: Side, items: Side) -> tuple[Side, Side]:
-    """Both sides as unit vectors in float64 on the device of the queries."""
+    """Both sides as unit vectors in float64 on the device of the queries; ValueError where their widths differ."""
+    if queries.vectors.shape[1] != items.vectors.shape[1]:
+        raise ValueError(
+            f"vectors of {queries.vectors.shape[1]} and of {items.vectors.shape[1]} numbers; both sides must come from "
+            "the same model"
+        )
     given = unit(queries.vectors)
     wanted = unit(items.vectors).to(given.device)
     return Side(given, queries.group.to(given.device)), Side(wanted, items.group.to(given.device))

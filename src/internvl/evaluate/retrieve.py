@@ -151,6 +151,8 @@ def rerank(
 
 def recall(ranks: Ranks, num_items: int, at: Sequence[int] = RECALL_AT) -> Recall:
     """Shares from ranks."""
+    if not at:
+        raise ValueError("no K to take the recall at; give at least one, such as 1, 5, 10")
     return Recall(
         at={k: float(ranks.hits(k).mean()) for k in at},
         median_rank=float(ranks.expected.median()),

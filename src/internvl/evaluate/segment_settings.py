@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-Kind = Literal["linear", "head", "full"]
+Kind = Literal["linear", "head", "full", "few"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class SegmentSettings:
     """The defaults are the paper's."""
 
     kind: Kind = "linear"
-    """linear: batch norm and a 1 x 1 convolution; head: UperNet on the frozen encoder; full: all learns."""
+    """linear: batch norm and a 1 x 1 convolution; head: UperNet on the frozen encoder; full: all learns; few: all
+    learns under the head of linear (few-shot, with --share)."""
     iterations: int = 80_000
     train_batch: int = 16
     """Crops of a step."""
@@ -33,7 +34,8 @@ class SegmentSettings:
     auxiliary_weight: float = 0.4
     """Of the loss of the auxiliary head."""
     share: int = 1
-    """Learn from one of this many training pictures, drawn by seed (few-shot: 16, 8, 4, 2)."""
+    """Learn from one of this many training pictures, drawn by seed (few-shot: 16, 8, 4, 2; the paper's iterations and
+    warm-up are then 5000 and 100, 10000 and 200, 20000 and 400, 40000 and 800)."""
     seed: int = 0
     save_every: int = 1000
 
@@ -47,16 +49,25 @@ class SegmentSettings:
             )
 
     @property
+    def encoder_learns(self) -> bool:
+        return self.kind in ("full", "few")
+
+    @property
+    def one_map(self) -> bool:
+        """Whether the head sees one feature map, not a pyramid."""
+        return self.kind in ("linear", "few")
+
+    @property
     def weight_decay(self) -> float:
         return 0.0 if self.kind == "linear" else 0.05
 
     @property
     def layer_decay(self) -> float:
-        return 0.95 if self.kind == "full" else 1.0
+        return 0.95 if self.encoder_learns else 1.0
 
     @property
     def drop_path(self) -> float:
-        return 0.4 if self.kind == "full" else 0.0
+        return 0.4 if self.encoder_learns else 0.0
 
     def settings(self) -> SegmentSettings:
         """These alone, of what holds more beside them."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -94,13 +95,18 @@ def _few(data: Sequence[Masked], settings: SegmentSettings) -> list[Masked]:
 def _crop(
     item: Masked, num_classes: int, side: int, rng: np.random.Generator, reduce_zero: bool
 ) -> tuple[Tensor, Tensor]:
+    return training_crop(*_opened(item, num_classes, reduce_zero), side, rng)
+
+
+def _opened(item: Masked, num_classes: int, reduce_zero: bool) -> tuple[Image.Image, Tensor]:
+    """Picture and mask; ValueError unless they are of one size."""
     picture, mask = open_image(item.picture), read_mask(item.mask, num_classes, reduce_zero=reduce_zero)
     if tuple(mask.shape) != (picture.height, picture.width):
         raise ValueError(
             f"{item.mask}: a mask of {mask.shape[1]} x {mask.shape[0]} px for a picture of {picture.width} x "
             f"{picture.height}; unpack the archive again"
         )
-    return training_crop(picture, mask, side, rng)
+    return picture, mask
 
 
 def _loss(model: Segmenter, pixels: Tensor, truth: Tensor, settings: SegmentSettings) -> Tensor:
@@ -161,12 +167,12 @@ def _read(path: Path, identity: str) -> tuple[dict[str, Tensor], dict[str, str]]
 
 
 @torch.inference_mode()
-def predict(model: Segmenter, item: Masked, settings: SegmentSettings, height: int, width: int) -> Tensor:
+def predict(model: Segmenter, picture: Image.Image, settings: SegmentSettings) -> Tensor:
     """Class of every pixel of a picture at its own size."""
     device = next(model.head.parameters()).device
-    pixels = scaled_pixels(open_image(item.picture), settings.crop_px, model.patch_size).to(device)
+    pixels = scaled_pixels(picture, settings.crop_px, model.patch_size).to(device)
     scores = slide(model, pixels, crop=settings.crop_px, stride=settings.stride_px, multiple=model.patch_size)
-    sized = F.interpolate(scores, (height, width), mode="bilinear", align_corners=False)
+    sized = F.interpolate(scores, (picture.height, picture.width), mode="bilinear", align_corners=False)
     return sized.argmax(1)[0].cpu()
 
 
@@ -191,8 +197,8 @@ def score(
     advance(done)
     for place in range(done, len(data)):
         try:
-            truth = read_mask(data[place].mask, num_classes, reduce_zero=reduce_zero)
-            confusion.add(predict(model, data[place], settings, *truth.shape), truth)
+            picture, truth = _opened(data[place], num_classes, reduce_zero)
+            confusion.add(predict(model, picture, settings), truth)
         except (ValueError, OSError) as error:
             broken.append(Problem(str(data[place].picture), " ".join(str(error).split())))
         if (place + 1) % SCORED_AT_ONCE == 0 or place + 1 == len(data):
@@ -221,8 +227,8 @@ def examples(
     for place in sorted({round(n) for n in np.linspace(0, len(data) - 1, min(shown, len(data)))}):
         item = data[place]
         try:
-            picture, truth = open_image(item.picture), read_mask(item.mask, num_classes, reduce_zero=reduce_zero)
-            said = predict(model, item, settings, *truth.shape)
+            picture, truth = _opened(item, num_classes, reduce_zero)
+            said = predict(model, picture, settings)
         except (ValueError, OSError):  # named by `score` already
             continue
         panels.append(Panel(picture, ((item.picture.name, "black"),)))

@@ -1,4 +1,4 @@
-"""Segmentation on a plain ViT: linear probe, UperNet on a frozen or a trained encoder; pictures for training and test.
+"""Segmentation on a plain ViT: linear probe, few-shot, UperNet on a frozen or a trained encoder; its pictures.
 
 Source: InternVL paper, table 23; official segmentation/configs/intern_vit_6b and mmsegmentation 0.30. The training is
 segment_train.py's, scores are segment.py's.
@@ -23,6 +23,15 @@ from internvl.models.heads import AuxiliarySegmenter, FeaturePyramid, LinearSegm
 from internvl.models.internvit import InternViT
 
 TASKS = {"linear": "linear probe", "head": "head tuning", "full": "full tuning"}
+
+
+def task_of(settings: SegmentSettings) -> str:
+    """As evaluate/catalog.py spells it."""
+    if settings.kind == "few":
+        return f"few-shot segmentation, {'all' if settings.share == 1 else f'1/{settings.share}'} of the pictures"
+    return f"segmentation, {TASKS[settings.kind]}"
+
+
 IGNORED = 255
 MAX_CLASS_SHARE = 0.75  # of the pixels of a training crop; ten draws are tried (official `cat_max_ratio`)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = (
@@ -41,44 +50,44 @@ class Segmenter(nn.Module):
         config = vision.config
         if settings.crop_px % config.patch_size:
             raise ValueError(f"crops of {settings.crop_px} px; they must be a multiple of {config.patch_size}")
-        self.kind, self.patch_size = settings.kind, config.patch_size
-        if self.kind == "full":
+        self.learns, self.one_map, self.patch_size = settings.encoder_learns, settings.one_map, config.patch_size
+        if self.learns:
             if next(vision.parameters()).dtype != torch.float32:
-                raise ValueError("full tuning adds small steps to weights and needs --dtype float32")
+                raise ValueError(f"kind {settings.kind!r} adds small steps to weights and needs --dtype float32")
             vision = _copied(vision, settings.drop_path)
-        self.vision = vision.requires_grad_(self.kind == "full")
+        self.vision = vision.requires_grad_(self.learns)
         width, depth = config.width, config.depth
-        if self.kind == "linear":
-            self.taps: tuple[int, ...] = (max(depth - 3, 1),)  # of 48 blocks the 45th: official index 44
+        if self.one_map:  # frozen: of 48 blocks the 45th, official index 44; where the encoder learns its last
+            self.taps: tuple[int, ...] = (depth if self.learns else max(depth - 3, 1),)
             self.head: nn.Module = LinearSegmenter(width, num_classes)
             return
         self.taps = tuple(max(1, round(depth * quarter / 4)) for quarter in (1, 2, 3, 4))  # 11, 23, 35, 47 of 0 to 47
         self.neck = FeaturePyramid(width)
         self.head = UperNet([width] * 4, settings.upernet_width, num_classes)
-        tap = 2 if self.kind == "full" else 1
+        tap = 2 if self.learns else 1
         self.auxiliary = AuxiliarySegmenter(width, settings.upernet_width, num_classes, tap)
 
     def train(self, mode: bool = True) -> Segmenter:
         super().train(mode)
-        if self.kind != "full":
+        if not self.learns:
             self.vision.eval()
         return self
 
     def maps(self, pixels: Float[Tensor, "pictures 3 height width"]) -> list[Float[Tensor, "pictures dim _ _"]]:
         rows, columns = (side // self.patch_size for side in pixels.shape[-2:])
-        with torch.set_grad_enabled(self.kind == "full" and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
             states = self.vision.taps(pixels, self.taps)
         return [feature_map(state[:, 1:].float(), rows, columns) for state in states]
 
     def forward(self, pixels: Float[Tensor, "pictures 3 height width"]) -> Float[Tensor, "pictures classes _ _"]:
         maps = self.maps(pixels)
-        out: Tensor = self.head(maps if self.kind == "linear" else self.neck(maps))
+        out: Tensor = self.head(maps if self.one_map else self.neck(maps))
         return out
 
     def both(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores, and those of the auxiliary head, which only training looks at."""
         maps = self.maps(pixels)
-        if self.kind == "linear":
+        if self.one_map:
             return self.head(maps), None
         levels = self.neck(maps)
         return self.head(levels), self.auxiliary(levels)
@@ -86,7 +95,7 @@ class Segmenter(nn.Module):
     def learned(self) -> dict[str, Tensor]:
         """What training changes: of a frozen encoder nothing."""
         state = self.state_dict()
-        return state if self.kind == "full" else {k: x for k, x in state.items() if not k.startswith("vision.")}
+        return state if self.learns else {k: x for k, x in state.items() if not k.startswith("vision.")}
 
 
 def _copied(vision: InternViT, drop_path: float) -> InternViT:

@@ -22,9 +22,10 @@ from internvl.data.dual_texts import CAPTION_PROMPT, TEXT_PREFIX, DualTokeniser,
 from internvl.data.images import Source, normalise, open_image
 from internvl.data.resize import BICUBIC
 from internvl.generate.captions import CaptionSearch, caption
-from internvl.generate.open_chat import dtype_of
+from internvl.generate.dual_inputs import check_batch, check_ids, check_pixels, listed_pictures, listed_texts
+from internvl.generate.open_chat import device_of, dtype_of
 from internvl.load_dual import LoadedDual, load_dual, save_dual
-from internvl.models.contrastive import Head
+from internvl.models.contrastive import Head, unit
 
 MAX_TEXT_TOKENS = MAX_TOKENS
 """Prefix, begin and end of text included; longer texts are cut (official tokenizer call)."""
@@ -43,43 +44,48 @@ class Dual:
     @classmethod
     def open(cls, name: str | Path, *, device: str = "cpu", dtype: str | torch.dtype = "float32") -> Dual:
         """A folder in the official layout, a hub id, or `tiny-dual`. device and dtype "auto" as for chat models."""
-        if dtype == "int4":
-            raise ValueError("dtype 'int4' is for chat models; give float32, bfloat16 or auto")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype in ("int4", "int8"):
+            raise ValueError(f"dtype {dtype!r} is for chat models; give float32, bfloat16 or auto")
+        device = device_of(device)
         return cls(load_dual(name, device=device, dtype=dtype_of(dtype, device)))
 
     @torch.inference_mode()
     def encode_image(
         self, images: Images, head: Head = "c", fit: Fit = "squash", batch: int = 32, raw: bool = False
     ) -> Float[Tensor, "images embed"]:
-        """Unit vectors. `fit` "squash" resizes to a square (retrieval, captions), "crop" cuts the middle one
-        (zero-shot classification), as the published scores were measured. `raw` leaves out the division by the length:
-        frames of a video are averaged so."""
-        parts = self._pixels(images, fit, batch)
-        return torch.cat([self.model.encode_image(pixels, head, raw).float() for pixels in parts])
+        """Unit vectors in float32, whatever the model computes in. `fit` "squash" resizes to a square (retrieval,
+        captions), "crop" cuts the middle one (zero-shot classification), as the published scores were measured. `raw`
+        leaves out the division by the length: frames of a video are averaged so."""
+        parts = [self.model.encode_image(pixels, head, raw).float() for pixels in self._pixels(images, fit, batch)]
+        return torch.cat(parts) if raw else unit(torch.cat(parts))
 
     @torch.inference_mode()
     def encode_text(
         self, texts: Texts, attention_mask: Tensor | None = None, batch: int = 128
     ) -> Float[Tensor, "texts embed"]:
-        """Unit vectors of strings, or of ids with their mask (without one, id 0 is padding)."""
+        """Unit vectors, in float32, of strings, or of ids with their mask (without one, id 0 is padding). An empty text
+        has the vector of the prefix alone."""
+        check_batch(batch)
         if isinstance(texts, Tensor):
+            ids = check_ids(texts, self.config.language.vocab_size)
             mask = None if attention_mask is None else attention_mask.to(self._device)
-            return self.model.encode_text(texts.to(self._device), mask).float()
-        rows = [texts] if isinstance(texts, str) else list(texts)
+            return unit(self.model.encode_text(ids.to(self._device), mask).float())
+        rows = listed_texts(texts)
         parts = (self.ids([TEXT_PREFIX + text for text in rows[n : n + batch]]) for n in range(0, len(rows), batch))
-        return torch.cat([self.model.encode_text(*part).float() for part in parts])
+        return unit(torch.cat([self.model.encode_text(*part).float() for part in parts]))
 
     @torch.inference_mode()
     def match(self, images: Images, texts: Texts, batch: int = 32) -> Float[Tensor, " pairs"]:
         """Probability that each text fits the picture of the same place."""
         pixels = torch.cat(list(self._pixels(images, "squash", batch)))
-        rows = [texts] if isinstance(texts, str) else texts
-        ids, mask = (rows, rows > 0) if isinstance(rows, Tensor) else self.ids(rows)
+        if isinstance(texts, Tensor):
+            ids = check_ids(texts, self.config.language.vocab_size).to(self._device)
+            mask = ids > 0
+        else:
+            ids, mask = self.ids(listed_texts(texts))
         if len(ids) != len(pixels):
             raise ValueError(f"{len(pixels)} pictures and {len(ids)} texts; give one text for each picture")
-        pieces = zip(pixels.split(batch), ids.to(self._device).split(batch), mask.split(batch), strict=True)
+        pieces = zip(pixels.split(batch), ids.split(batch), mask.split(batch), strict=True)
         return torch.cat([self.model.match(*piece).float() for piece in pieces])
 
     def caption(self, images: Images, search: CaptionSearch | None = None, batch: int = 8) -> list[str]:
@@ -118,13 +124,11 @@ class Dual:
 
     def _pixels(self, images: Images, fit: Fit, batch: int) -> Any:
         """Normalised pixels, some pictures at a time."""
+        check_batch(batch)
         if isinstance(images, Tensor):
-            yield from images.to(self._device).split(batch)
+            yield from check_pixels(images).to(self._device).split(batch)
             return
-        one = isinstance(images, (str, bytes, Path, Image.Image, np.ndarray))
-        sources: list[Any] = [images] if one else list(images)  # type: ignore[arg-type]
-        if not sources:
-            raise ValueError("no picture was given; give at least one")
+        sources = listed_pictures(images)
         for start in range(0, len(sources), batch):
             squares = [picture_bytes(source, self.config.side, fit) for source in sources[start : start + batch]]
             yield pixels_of(squares).to(self._device)

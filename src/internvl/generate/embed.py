@@ -102,6 +102,7 @@ def embed(
         fit=fit if source.kind == "pictures" else "",
         side=dual.config.side,
         dtype=str(dual.model.text_projection.dtype).removeprefix("torch."),
+        items=hash_of([*source.names, *source.stamps]),
     )
     parts = out.with_name(out.name + ".parts")
     if out.exists():
@@ -127,7 +128,7 @@ def embed(
 
 
 def hash_of(words: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(words).encode("utf-8", "surrogatepass")).hexdigest()[:16]  # names may be no UTF-8
 
 
 def kept_pictures(
@@ -191,11 +192,18 @@ def kept_texts(
 
 def _same_output(out: Path, facts: Facts, source: Source) -> Embedded:
     there = read_embedded(out)
-    unlike = [k for k, v in vars(facts).items() if k not in ("broken", "model") and getattr(there.facts, k) != v]
+    unlike = [
+        k for k, v in vars(facts).items() if k not in ("broken", "model", "items") and getattr(there.facts, k) != v
+    ]
     missing = len(there.names) + len(there.facts.broken) != len(source.names)
     if unlike or missing or not set(there.names) <= set(source.names):
         why = f"another {', '.join(unlike)}" if unlike else "other names"
         raise ValueError(f"{out}: there already, with {why}; give another --out or remove it")
+    if there.facts.items not in ("", facts.items):
+        raise ValueError(
+            f"{out}: there already, but the {source.kind} have changed since; remove it to embed again, or give "
+            "another --out"
+        )
     return there
 
 

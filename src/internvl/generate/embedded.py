@@ -47,6 +47,8 @@ class Facts:
     dtype: str
     broken: tuple[Problem, ...] = ()
     """What was left out, with the reason."""
+    items: str = ""
+    """A digest of the names and, of pictures, their sizes and times: tells that they are still the same."""
 
 
 @dataclass(frozen=True)

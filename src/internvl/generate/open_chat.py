@@ -53,8 +53,7 @@ def load_chat(
     folders, folded in (docs/convert.md). `vision_tower`, `tile_size` and `allow_pickle` are for a folder of
     InternVL-Chat 1.0 as released (`opened.FirstGeneration`).
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(device)
     if quantiser != "auto" and dtype not in KL_LIMITS:
         raise ValueError(f"quantiser {quantiser!r} with dtype {dtype}: it rounds to {' or '.join(KL_LIMITS)}")
     loaded = load_checkpoint(
@@ -88,6 +87,15 @@ def _probe_ids(tokenizer: Any) -> Tensor:
     if tokenizer is None:
         raise ValueError("rounded weights are checked on a text, and the model has no tokenizer; use bfloat16")
     return probe_ids(tokenizer)
+
+
+def device_of(device: str) -> str:
+    """A device by name: "auto" takes a GPU if there is one; ValueError for a GPU where torch sees none."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}, but torch sees no GPU here; give cpu or auto")
+    return device
 
 
 def dtype_of(dtype: str | torch.dtype, device: str) -> torch.dtype:

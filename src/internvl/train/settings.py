@@ -145,6 +145,9 @@ class Pairs:
     negatives: Literal["random", "hard"] = "random"
     """Of matching: a caption of any other picture (official code), or similar ones of the batch, of any rank
     (BLIP-2)."""
+    losses: Literal["all", "retrieval"] = "all"
+    """Of the generative stage. all: contrast, matching, captions (stage 2 of the paper); retrieval: contrast of both
+    image vectors and matching, on cleaned captions (the official fine-tuning for retrieval)."""
     output_head: str = ""
     """Folder of the LLaMA whose output head InternVL-G takes where the run begins with InternVL-C alone."""
 

@@ -1,12 +1,15 @@
 """Stage 2 of InternVL 1.0: contrast, matching and captions through QLLaMA's queries (paper 1.0, section 3.3).
 
 Queries, cross-attention, their pooling, the matching head and the logit scale learn; the rest is frozen, so a picture
-is seen by the vision encoder without a graph. The losses are alignment.py's.
+is seen by the vision encoder without a graph. The losses are alignment.py's. Fine-tuning for retrieval, where all
+learns, is the same stage with the losses of retrieval.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,12 +19,17 @@ from torch import Tensor
 
 from internvl.batch import PairBatch
 from internvl.data.image_text import Forms
+from internvl.load_dual import LoadedDual
+from internvl.models.contrastive import DualModel
 from internvl.parallel import collectives
 from internvl.train.alignment import AlignmentBatch, Negatives, alignment_losses
 from internvl.train.dual import is_generative, open_generative, part_of
+from internvl.train.pieces import in_pieces
+from internvl.train.retrieval import retrieval_losses
 from internvl.train.run import RunConfig
 from internvl.train.stages.dual import with_tokenizer
 from internvl.train.stages.pairs import PairStage
+from internvl.train.trainable import Learner
 
 
 class Generative(PairStage):
@@ -54,12 +62,26 @@ class Generative(PairStage):
         return {"held_out_loss": sum(means.values()), **means}
 
     def _means(self, batch: PairBatch, negatives: Literal["random", "hard"]) -> dict[str, Float[Tensor, ""]]:
-        frozen = self.run.vision.learn == "frozen"
-        features = self.features(batch) if frozen else self._look(batch.pixels, batch.kept)
+        whole, features, piece = self._whole(batch), self._seen(batch), self.run.pairs.micro_batch
+        kind: Negatives = "hard" if negatives == "hard" else "given"
+        return alignment_losses(
+            self.model, whole, negatives=kind, generator=self._draws(batch), features=features, piece=piece
+        )
+
+    def _seen(self, batch: PairBatch) -> Float[Tensor, "pairs positions dim"]:
+        if self.run.vision.learn == "frozen":
+            return self.features(batch)
+        shown = [batch.pixels] if batch.kept is None else [batch.pixels, batch.kept]
+        return in_pieces(lambda *some: self._look(*some), shown, self.run.pairs.micro_batch)
+
+    def _draws(self, batch: PairBatch) -> torch.Generator:
+        return torch.Generator().manual_seed(seed_at(self.run.seed, batch.place))
+
+    def _whole(self, batch: PairBatch) -> AlignmentBatch:
         assert batch.match is not None
         assert batch.caption is not None
         assert batch.labels is not None
-        whole = AlignmentBatch(
+        return AlignmentBatch(
             None,
             contrast=batch.contrast,
             match=batch.match,
@@ -69,10 +91,39 @@ class Generative(PairStage):
             same=self.same(batch),
             valid=batch.valid,
         )
+
+
+class Retrieval(Generative):
+    """InternVL-C and -G fine-tuned for retrieval (paper 1.0, table 21; official internvl_stage2_finetune.py)."""
+
+    coefficients: Mapping[str, float] = {"itc": 1.0, "itm": 1.0}
+
+    def __init__(self, run: RunConfig, loaded: LoadedDual) -> None:
+        super().__init__(run, loaded)
+        for loader in (self.loader, self.held_out):
+            if loader is not None:  # captions are cleaned as they are when the model is scored
+                loader.encoder = replace(loader.encoder, clean=True)
+
+    def wanted(self, name: str) -> bool:
+        """The output head is in none of the losses."""
+        return name != "qllama.head.weight"
+
+    def export(self, learner: Learner[DualModel], out: Path) -> None:
+        """The model is then asked with the pictures that it was tuned with."""
+        if self.run.pairs.side is not None:
+            self.model.config = replace(self.model.config, image_size=self.run.pairs.side)
+        super().export(learner, out)
+
+    def _means(self, batch: PairBatch, negatives: Literal["random", "hard"]) -> dict[str, Float[Tensor, ""]]:
         kind: Negatives = "hard" if negatives == "hard" else "given"
-        piece = self.run.pairs.micro_batch
-        generator = torch.Generator().manual_seed(seed_at(self.run.seed, batch.place))
-        return alignment_losses(self.model, whole, negatives=kind, generator=generator, features=features, piece=piece)
+        return retrieval_losses(
+            self.model,
+            self._whole(batch),
+            features=self._seen(batch),
+            negatives=kind,
+            generator=self._draws(batch),
+            piece=self.run.pairs.micro_batch,
+        )
 
 
 def seed_at(seed: int, place: int) -> int:
@@ -82,4 +133,5 @@ def seed_at(seed: int, place: int) -> int:
 
 def open_generative_stage(run: RunConfig) -> Generative:
     """InternVL-G, from InternVL-C where the folder holds that, with its tokenizer, and its pairs."""
-    return Generative(run, with_tokenizer(run, open_generative(run)))
+    kind = Retrieval if run.pairs.losses == "retrieval" else Generative
+    return kind(run, with_tokenizer(run, open_generative(run)))
