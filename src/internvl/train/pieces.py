@@ -43,7 +43,7 @@ def texts_in_pieces(encode: Callable[..., Tensor], ids: Tensor, mask: Tensor, si
 def by_length(encode: Callable[..., Tensor], ids: Tensor, mask: Tensor, *more: Tensor, call: int = CALL) -> Tensor:
     """`encode(ids, mask, *more)`, rows of like length together and cut to their longest: captions of many languages
     differ tenfold in tokens, and padding costs what text costs. Padding at a row's begin stays."""
-    lengths = last_real(mask) + 1
+    lengths = last_real(mask.bool()) + 1
     order = lengths.argsort()
     ordered = lengths[order].tolist()
     sizes = group_sizes(ordered, collectives.num_ranks(), call)
