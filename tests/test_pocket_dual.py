@@ -161,7 +161,7 @@ def test_heads_that_are_a_package_s_weights_are_refused(tiny: dict[str, torch.Te
 
 def test_absent_weights_say_how_to_make_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("internvl.pocket.__file__", str(tmp_path / "src" / "internvl" / "pocket.py"))
-    with pytest.raises(ValueError, match=r"heads\.safetensors is missing.*pocket_dual_contrastive"):
+    with pytest.raises(ValueError, match=r"heads\.safetensors is missing.*pocket_dual_distill"):
         internvl.load("pocket-dual")
 
 

@@ -85,7 +85,7 @@ def is_head(name: str) -> bool:
 
 def pocket_dual_folder(shipped: Path | None = None) -> Path:
     """Official-layout folder of `pocket-dual`, assembled once for each state of the shipped files."""
-    rebuild = "pocket_dual_text, pocket_dual_contrastive, then pocket_dual_generative of `internvl train --list`"
+    rebuild = "pocket_dual_distill, _text, _contrastive, then _generative of `internvl train --list`"
     return assembled("pocket-dual", shipped or shipped_folder("pocket-dual", HEADS, rebuild), assemble, LAYOUT)
 
 
