@@ -5,6 +5,7 @@ Reading in order, and telling damage by member, is shards.py's; here any record 
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import tarfile
@@ -51,6 +52,19 @@ class JsonLines:
 
     def __init__(self, path: str, root: str = "") -> None:
         self.path, self.root, self.lines = path, root, Lines(path)
+        self._check_form()
+
+    def _check_form(self) -> None:
+        """ValueError for a file that is no JSONL at all: told once, not for every line."""
+        first = self.lines.read(0)
+        if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and b"\0" in first:
+            said = "UTF-16; JSONL is UTF-8; convert it, such as by: iconv -f UTF-16 -t UTF-8"
+            raise RecordError("json", f"{self.path}: {said}")
+        start = first.removeprefix(codecs.BOM_UTF8).strip()
+        is_whole = start.startswith(b"[") if len(self.lines) == 1 else start in (b"[", b"{")
+        if is_whole and not (len(self.lines) > 1 and self.lines.read(1).strip().endswith(b"}")):
+            said = "one JSON value over the whole file; JSONL has an object on each line"
+            raise RecordError("json", f"{self.path}: {said}; of a list they are written by: jq -c '.[]'")
 
     def __len__(self) -> int:
         return len(self.lines)

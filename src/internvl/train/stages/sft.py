@@ -21,6 +21,7 @@ from internvl.data.encode import Encoder
 from internvl.data.images import normalise
 from internvl.data.loader import Loader
 from internvl.data.mixture import by_square_root, read_sets
+from internvl.data.templates import find_template
 from internvl.load import load_checkpoint
 from internvl.models.chat import ChatModel
 from internvl.parallel import collectives
@@ -264,7 +265,7 @@ def open_loader(run: RunConfig, tokenizer: Any, config: ChatConfig, path: str, l
         sets = [replace(some, augment=False) for some in sets]
     if not learning and data.held_out_samples is not None:
         share = min(1.0, data.held_out_samples / sum(len(some) for some in sets))
-        sets = [replace(some, repeat=share) for some in sets]
+        sets = [replace(some, repeat=max(share, 1 / len(some))) for some in sets]  # one of each set at least
     encoder = Encoder(
         tokenizer,
         config,
@@ -298,6 +299,7 @@ def open_loader(run: RunConfig, tokenizer: Any, config: ChatConfig, path: str, l
 def prompted(config: ChatConfig, data: Data) -> ChatConfig:
     """What the data of a run say otherwise than the model; another template comes with its own system text."""
     if data.template is not None:
+        find_template(data.template)  # a wrong name is no fault of a record
         config = replace(config, template=data.template, system_message=None)
     given: dict[str, Any] = {"max_tiles": data.max_tiles, "pad_to_square": data.pad_to_square}
     return replace(config, **{name: value for name, value in given.items() if value is not None})
