@@ -75,10 +75,10 @@ class Loader:
         self._mixture = Mixture(self.sets, self.seed, self.shuffle)
         encoders = [encoder_of(self.encoder, data) for data in self.sets]
         self._work = Work(self._mixture, encoders, self.settings, self.pad_id, self.on_error != "error")
-        mixture, settings = self._mixture, self.settings
-        self._plans: Plans = Plain(mixture, settings, lambda: self._counts, tolerant=self.on_error != "error")
+        mixture, settings, tolerant = self._mixture, self.settings, self.on_error != "error"
+        self._plans: Plans = Plain(mixture, settings, lambda: self._counts, tolerant)
         if settings.room is not None:
-            self._plans = Packed(mixture, settings, lambda: self._counts, self._work.layout)
+            self._plans = Packed(mixture, settings, lambda: self._counts, self._work.layout, tolerant)
         self._cursor = self._plans.first()
         self._length: tuple[int, int] = (-1, 0)
         self._aside: Quarantine | None = None
@@ -123,6 +123,11 @@ class Loader:
     def sizes(self) -> list[BatchSize]:
         """Of every batch of the epoch in which the loader stands, from text and headers of media alone."""
         return [self._size(plan) for plan in self._plans.epoch(int(self._cursor["epoch"]))]
+
+    def _is_beyond(self, counts: Int[np.ndarray, "samples 2"]) -> bool:
+        """Whether a record fits no batch and will be rejected."""
+        limits = (self.settings.longest, self.settings.tiles)
+        return any(limit is not None and bool((counts[:, at] > limit).any()) for at, limit in enumerate(limits))
 
     def make(self, number: int) -> ChatBatch:
         """A batch of that epoch, out of turn: the loader's place stays."""
@@ -185,6 +190,8 @@ class Loader:
 
     def _size(self, plan: Plan) -> BatchSize:
         counts = self._counts[plan.numbers].astype(np.int64)
+        if self._is_beyond(counts):
+            return BatchSize(0, 0, 0, 0, 0)
         for place, part in enumerate(plan.parts):
             if part is not None:
                 counts[place] = part.tokens, part.tiles

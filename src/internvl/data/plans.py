@@ -109,6 +109,8 @@ class Packed:
     counts: Callable[[], Int[np.ndarray, "records 2"]]
     layout: Callable[[int, int, int], Layout]
     """Of a record's number, the epoch and the place in it."""
+    tolerant: bool = False
+    """As of `Plain`."""
 
     def first(self) -> Cursor:
         return self._cursor(0, 0, 0, [])
@@ -124,7 +126,8 @@ class Packed:
         """The rows of the rest of an epoch; the cursor where the next one begins."""
         epoch, window, read = (int(cursor[name]) for name in ("epoch", "window", "read"))
         numbers, packing = self.mixture.epoch(epoch), self.settings.packing
-        check_budget(self.mixture, numbers, self.counts()[numbers], self.settings, packing.overflow != "never")
+        if not self.tolerant:  # else the packer gives what fits no row a row of its own, to be rejected
+            check_budget(self.mixture, numbers, self.counts()[numbers], self.settings, packing.overflow != "never")
         packer = self._packer(epoch, numbers)
         packer.load(cursor["open"])
         taken = int(cursor["taken"])
