@@ -143,6 +143,27 @@ def test_a_tar_is_read_at_any_place(tmp_path: Path) -> None:
         records.record(7)
 
 
+def test_a_digest_follows_the_content(tmp_path: Path) -> None:
+    """Not the name and not the date of a file; of a tar its members and some records."""
+
+    def written(name: str, word: str) -> str:
+        talk = {"conversations": [TALK[0], {"from": "gpt", "value": word}]}
+        if name.endswith(".tar"):
+            write_tar(tmp_path / name, [("a", {"json": json.dumps(talk).encode()})])
+        else:
+            (tmp_path / name).write_text(json.dumps(talk) + "\n")
+        return open_records(str(tmp_path / name)).digest()
+
+    for suffix in (".jsonl", ".tar"):
+        first = written(f"a{suffix}", "that")
+        assert first == written(f"b{suffix}", "that")
+        assert first != written(f"c{suffix}", "this")
+        assert first != written(f"d{suffix}", "this and that")
+    for kept in (tmp_path / "cache" / "lines").glob("*.digest"):  # an index of an earlier version has none
+        kept.unlink()
+    assert open_records(str(tmp_path / "a.jsonl")).digest()
+
+
 def test_bad_tars_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.tar").write_bytes(b"no tar" * 200)
     with pytest.raises(ValueError, match=r"bad\.tar: truncated or damaged"):
@@ -206,6 +227,11 @@ def test_parquet_rows_are_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     check_rows(records, path)
     assert fake.read == [0, 1]  # a row group stays until another is needed
     assert len(pickle.dumps(records)) < 2000
+    digests = []
+    for footer in (b"statistics", b"others", b"statistics"):
+        path.write_bytes(b"PAR1rows" + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+        digests.append(open_records(str(path), "root").digest())
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_parquet_rows_of_a_file(tmp_path: Path) -> None:

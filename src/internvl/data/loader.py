@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -65,6 +66,8 @@ class Loader:
     """Largest share of records left out before the run ends: of an epoch, or of all given so far if that is more."""
     quarantine: Path | None = None
     """The file of `on_error="quarantine"`."""
+    changed: Literal["error", "accept"] = "error"
+    """Files that say something else than when a state was taken: refuse the state, or go on with what they say now."""
     skipped: dict[str, str] = field(default_factory=dict, init=False)
     """File and line of what was left out, and why."""
     ledger: Ledger = field(default_factory=Ledger, init=False)
@@ -139,16 +142,29 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """The place of the next batch, as plain JSON, the same on every rank; and the counts of this one."""
-        return {**self._cursor, "fingerprint": self._fingerprint, "counts": self.ledger.state()}
+        own = {"fingerprint": self._fingerprint, "contents": self._contents, "counts": self.ledger.state()}
+        return {**self._cursor, **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to the place of a state; data and settings must be those it was taken with, ranks and workers need not."""
+        said = state.get("contents", self._contents)
+        unlike = [path for path, digest in self._contents.items() if said.get(path) != digest]
+        named = f"; {_few(unlike)} changed since" if unlike else ""
         if state["fingerprint"] != self._fingerprint:
             raise ValueError(
-                f"the state is of other data or settings ({state['fingerprint']}, here {self._fingerprint}); "
+                f"the state is of other data or settings ({state['fingerprint']}, here {self._fingerprint}{named}); "
                 "resume with the same sets, seed, batch settings, max_length and tiles, or start anew"
             )
-        self._cursor = {name: value for name, value in state.items() if name not in ("fingerprint", "counts")}
+        if unlike and self.changed == "error":
+            raise ValueError(
+                f"the state is of other records: {_few(unlike)} changed since; put the old file back, start anew, or "
+                "set data.changed to accept to go on with what it says now"
+            )
+        own = ("fingerprint", "contents", "counts")
+        self._cursor = {name: value for name, value in state.items() if name not in own}
+        if unlike:
+            warnings.warn(f"{_few(unlike)} changed since; going on with what it says now", stacklevel=2)
+            self._cursor = self._plans.refit(self._cursor)
         self.ledger, self._resumed = Ledger.of(state.get("counts", {})), True
 
     def describe(self, batch: ChatBatch) -> str:
@@ -161,6 +177,11 @@ class Loader:
         settings = (self.seed, self.shuffle, self.settings, self.encoder.max_length, self.encoder.config)
         packing = "" if self.settings.room is None else repr(self.settings.packing)
         return hashlib.sha256((repr((sets, settings)) + packing).encode()).hexdigest()[:16]
+
+    @cached_property
+    def _contents(self) -> dict[str, str]:
+        """What each file says, in short."""
+        return {data.annotation: data.records.digest() for data in self.sets}
 
     # plans
 
@@ -265,6 +286,10 @@ def _company(plans: Sequence[Plan]) -> Company:
         return Company()
     tokens, tiles = [plan.tokens for plan in plans], [plan.tiles for plan in plans]
     return Company(len(plans), sum(tokens), sum(tiles), max(tokens), max(tiles))
+
+
+def _few(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 def _sentence(source: str, message: str) -> str:

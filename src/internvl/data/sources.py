@@ -6,11 +6,12 @@ Reading in order, and telling damage by member, is shards.py's; here any record 
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import os
 import tarfile
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -21,6 +22,10 @@ from internvl.data.shards import MAX_MEMBER_BYTES, PICTURE_FIELDS
 
 RECORD_FIELDS = ("json", "jsonl")
 """Members of a tar that hold the record."""
+
+
+_READ_FOR_DIGEST = 64
+"""Records of a tar."""
 
 
 @runtime_checkable
@@ -34,6 +39,9 @@ class Records(Protocol):
 
     def source(self, position: int) -> str:
         """File and place, for messages."""
+
+    def digest(self) -> str:
+        """Another one where the file says something else; it may be moved and copied."""
 
 
 def open_records(path: str, root: str = "") -> Records:
@@ -75,6 +83,9 @@ class JsonLines:
     def source(self, position: int) -> str:
         return f"{self.path}:{self.lines.numbers[position]}"
 
+    def digest(self) -> str:
+        return self.lines.digest()
+
 
 class ParquetRecords:
     """A row is a record: `conversations` as a list or as JSON; pictures as paths, bytes or {"bytes", "path"}."""
@@ -115,6 +126,14 @@ class ParquetRecords:
 
     def source(self, position: int) -> str:
         return f"{self.path}: row {position + 1}"
+
+    def digest(self) -> str:
+        """Of the footer, which holds places, sizes and extremes of all columns, not of the rows."""
+        with open(self.path, "rb") as file:
+            file.seek(-8, os.SEEK_END)
+            length = int.from_bytes(file.read(4), "little")
+            file.seek(-8 - length, os.SEEK_END)
+            return _digest([str(file.tell()).encode(), file.read(length)])
 
     def _row(self, position: int) -> dict[str, Any]:
         """Row groups are what can be read alone; the last one stays."""
@@ -173,6 +192,12 @@ class TarRecords:
     def source(self, position: int) -> str:
         return f"{self.path}:{self._keys[position]}"
 
+    def digest(self) -> str:
+        """Of names, places and sizes of all members, and of some records: a changed word in another one is not seen."""
+        some = range(0, len(self), -(-len(self) // _READ_FOR_DIGEST))
+        texts = (m for position in some for m in self._members[position] if m.field in RECORD_FIELDS)
+        return _digest([repr((self._keys, self._members)).encode(), *(self._read(text, self.path) for text in texts)])
+
     def _read(self, member: _Member, source: str) -> bytes:
         if member.size > MAX_MEMBER_BYTES:
             raise ValueError(f"{source}: a member of {member.size} bytes; the limit is {MAX_MEMBER_BYTES}; split it")
@@ -208,6 +233,13 @@ def _members(path: str) -> tuple[list[str], list[tuple[_Member, ...]]]:
     if not keys:
         raise ValueError(f"{path}: no files in it; a data set needs at least one record")
     return keys, [tuple(members) for members in found]
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
 
 
 def _json(text: str | bytes, source: str) -> Any:

@@ -71,7 +71,7 @@ RESUME_FREE = frozenset(
     ["out", "device", "log_every", "save_every", "eval_every", "keep", "max_minutes", "export", "data.workers"]
     + [f"data.{name}" for name in ("features", "features_folder", "held_out", "held_out_samples", "worst_first")]
     + ["distill.features", "distill.features_folder"]
-    + [f"data.{name}" for name in ("on_error", "max_rejected")]
+    + [f"data.{name}" for name in ("on_error", "max_rejected", "changed")]
     + [f"ranks.{f.name}" for f in fields(Ranks)]
     + [f"watch.{f.name}" for f in fields(Watch) if f.name != "ema"]
 )

@@ -92,6 +92,8 @@ class Data:
     """How packed rows are filled, when `packed` and `batch_tokens` are set."""
     worst_first: bool = False
     """Run the largest micro-batch of the epoch once before training, and forget it: an out-of-memory shows at once."""
+    changed: Literal["error", "accept"] = "error"
+    """Files that say something else when a run goes on: refuse, or go on with what they say now (docs/train.md)."""
     max_rejected: float = 0.01
     """Largest share of records left out before the run ends: of an epoch, or of all given so far if that is more."""
 

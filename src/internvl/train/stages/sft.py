@@ -292,6 +292,7 @@ def open_loader(run: RunConfig, tokenizer: Any, config: ChatConfig, path: str, l
         workers=data.workers,
         on_error=data.on_error if learning else "error",
         max_rejected=data.max_rejected,
+        changed=data.changed,
         quarantine=Path(run.out) / "quarantine.jsonl" if learning and data.on_error == "quarantine" else None,
     )
 
