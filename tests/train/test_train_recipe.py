@@ -34,7 +34,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model and records of `tiny_sft`, made once."""
     folder = tmp_path_factory.mktemp("inputs")
     run = tiny_run(folder, folder)
-    find_recipe("tiny_sft").prepare(run)
+    tiny.prepare(run, own=run)
     return folder
 
 
@@ -227,6 +227,18 @@ def test_the_command_takes_overrides_and_prints_json(inputs: Path, tmp_path: Pat
     with pytest.raises(ValueError, match=r"schedule\.steps: 2 -> 3"):
         main([*words, "--schedule.steps", "3"])
     assert main(["--run", str(tmp_path / "out")]) == 0
+
+
+def test_nothing_is_made_at_a_path_that_somebody_gave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A misspelt path is an error, not a run on made-up colours and random weights."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"mine\.jsonl: no such file"):
+        main(["tiny_sft", "--data.meta", "mine.jsonl", "--data.held-out", "", "--device", "cpu"])
+    assert not Path("mine.jsonl").exists()
+    assert Path("runs/tiny-inputs/model/config.json").is_file()  # its own inputs are made
+    with pytest.raises((ValueError, OSError), match="nowhere"):
+        main(["tiny_sft", "--model", "nowhere", "--device", "cpu"])
+    assert not Path("nowhere").exists()
 
 
 def test_a_run_that_stopped_early_can_be_exported(inputs: Path, tmp_path: Path, capsys: Any) -> None:
