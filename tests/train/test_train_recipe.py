@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from broken import break_off
+from PIL import Image
 from safetensors.torch import load_file
 
 from internvl.commands.train import main
@@ -27,6 +29,7 @@ from internvl.train.recipes import find_recipe, tiny
 from internvl.train.run import RunConfig, differences, to_json
 from internvl.train.settings import Part, Schedule, Tokens
 from internvl.train.stages import open_stage
+from internvl.train.stages.sft import open_loader
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +230,26 @@ def test_the_command_takes_overrides_and_prints_json(inputs: Path, tmp_path: Pat
     with pytest.raises(ValueError, match=r"schedule\.steps: 2 -> 3"):
         main([*words, "--schedule.steps", "3"])
     assert main(["--run", str(tmp_path / "out")]) == 0
+
+
+def test_frames_of_a_video_are_those_of_the_run(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "video").mkdir()
+    for number in range(9):
+        Image.new("RGB", (56, 56), (number * 20,) * 3).save(tmp_path / "video" / f"frame_{number}.png")
+    turns = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "grey"}]
+    (tmp_path / "set.jsonl").write_text(json.dumps({"video": "video", "conversations": turns}) + "\n")
+    loaded = load_checkpoint(inputs / "model")
+    run = tiny_run(inputs, tmp_path)
+    states = []
+    for least, most in ((3, 3), (1, 5)):
+        data = replace(run.data, min_frames=least, max_frames=most)
+        run = replace(run, data=data)
+        loader = open_loader(run, loaded.tokenizer, loaded.config, str(tmp_path / "set.jsonl"), learning=True)
+        tiles = {batch.num_tiles for batch in islice(loader, 20)}
+        assert tiles == set(range(least, most + 1))
+        states.append(loader.state_dict())
+    with pytest.raises(ValueError, match="other data or settings"):
+        loader.load_state_dict(states[0])
 
 
 def test_nothing_is_made_at_a_path_that_somebody_gave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,8 @@ def test_read_run_takes_file_or_folder(tmp_path: Path) -> None:
         ({"vision": Part("full", drop_path=1.0)}, r"vision\.drop_path is 1\.0"),
         ({"save_every": -1}, "save_every is -1"),
         ({"data": Data(max_tiles=0)}, r"data\.max_tiles is 0"),
+        ({"data": Data(min_frames=0)}, r"data\.min_frames is 0"),
+        ({"data": Data(min_frames=9, max_frames=4)}, r"data\.min_frames is 9 and data\.max_frames 4"),
         ({"data": Data(max_length=0)}, r"data\.max_length is 0"),
         ({"data": Data(workers=-1)}, r"data\.workers is -1"),
         ({"data": Data(packing=Packing(overflow="split"))}, "only with --data.packed and --data.batch-tokens"),

@@ -28,6 +28,7 @@ from internvl.data.collate import collate_nothing
 from internvl.data.encode import Encoder
 from internvl.data.ledger import Ledger, Quarantine
 from internvl.data.measure import measure, unchanged
+from internvl.data.media import FrameSettings
 from internvl.data.mixture import DataSet, Mixture
 from internvl.data.plans import Cursor, Packed, Plain, Plan, Plans
 from internvl.data.work import Made, Work
@@ -175,8 +176,10 @@ class Loader:
     def _fingerprint(self) -> str:
         sets = [(data.annotation, len(data), data.repeat, data.max_tiles, data.augment) for data in self.sets]
         settings = (self.seed, self.shuffle, self.settings, self.encoder.max_length, self.encoder.config)
-        packing = "" if self.settings.room is None else repr(self.settings.packing)
-        return hashlib.sha256((repr((sets, settings)) + packing).encode()).hexdigest()[:16]
+        more = "" if self.settings.room is None else repr(self.settings.packing)
+        frames = self.encoder.frames
+        more += "" if frames == FrameSettings() else repr(frames)  # states of before know no other
+        return hashlib.sha256((repr((sets, settings)) + more).encode()).hexdigest()[:16]
 
     @cached_property
     def _contents(self) -> dict[str, str]:

@@ -69,8 +69,10 @@ class JsonLines:
             said = "UTF-16; JSONL is UTF-8; convert it, such as by: iconv -f UTF-16 -t UTF-8"
             raise RecordError("json", f"{self.path}: {said}")
         start = first.removeprefix(codecs.BOM_UTF8).strip()
-        is_whole = start.startswith(b"[") if len(self.lines) == 1 else start in (b"[", b"{")
-        if is_whole and not (len(self.lines) > 1 and self.lines.read(1).strip().endswith(b"}")):
+        second = self.lines.read(1).strip() if len(self.lines) > 1 else b""
+        list_of_lines = start == b"[" and second.startswith(b"{") and not second.endswith(b"}")
+        spread_out = list_of_lines or (start == b"{" and second.startswith(b'"'))
+        if spread_out or (len(self.lines) == 1 and start.startswith(b"[") and start[1:].lstrip().startswith(b"{")):
             said = "one JSON value over the whole file; JSONL has an object on each line"
             raise RecordError("json", f"{self.path}: {said}; of a list they are written by: jq -c '.[]'")
 

@@ -123,6 +123,7 @@ def _check_signs(run: RunConfig) -> None:
         "data.batch_tiles": run.data.batch_tiles,
         "data.max_length": run.data.max_length,
         "data.max_tiles": run.data.max_tiles,
+        "data.min_frames": run.data.min_frames,
         "optimiser.eps": run.optimiser.eps,
     }
     for name, value in positive.items():
@@ -149,6 +150,11 @@ def _check_shares(run: RunConfig) -> None:
         raise ValueError(f"optimiser.betas are {run.optimiser.betas}; each lies in [0, 1), such as 0.9 and 0.999")
     if not 0 <= run.schedule.warmup_share <= 1:
         raise ValueError(f"schedule.warmup_share is {run.schedule.warmup_share}; it is a share of the steps, 0 to 1")
+    if run.data.min_frames > run.data.max_frames:
+        raise ValueError(
+            f"data.min_frames is {run.data.min_frames} and data.max_frames {run.data.max_frames}; lower the one or "
+            "raise the other"
+        )
     if not 0 <= run.data.max_rejected <= 1:
         raise ValueError(f"data.max_rejected is {run.data.max_rejected}; it is a share of the records, 0 to 1")
 

@@ -76,6 +76,10 @@ class Data:
     written to `quarantine.jsonl`, whole, with file, line and reason."""
     max_tiles: int | None = None
     """Tiles of one image before the thumbnail; the model's own number when not given."""
+    min_frames: int = 8
+    """Of a video at least; their number is drawn anew each time (official `min_num_frame`)."""
+    max_frames: int = 32
+    """Of a video at most (official `max_num_frame`); each is a tile."""
     template: str | None = None
     """Of the prompts of this run alone, such as plain; the model's own when not given, and that is what it keeps."""
     pad_to_square: bool | None = None

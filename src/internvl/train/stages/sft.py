@@ -20,6 +20,7 @@ from internvl.data.batching import BatchSettings
 from internvl.data.encode import Encoder
 from internvl.data.images import normalise
 from internvl.data.loader import Loader
+from internvl.data.media import FrameSettings
 from internvl.data.mixture import by_square_root, read_sets
 from internvl.data.templates import find_template
 from internvl.load import load_checkpoint
@@ -272,6 +273,7 @@ def open_loader(run: RunConfig, tokenizer: Any, config: ChatConfig, path: str, l
         max_length=data.max_length,
         overlong=data.overlong if learning else "error",
         augment=learning and data.augment == "on",
+        frames=FrameSettings(min_frames=data.min_frames, max_frames=data.max_frames),
     )
     settings = BatchSettings(
         data.batch_samples,
