@@ -102,7 +102,7 @@ def _tiles(samples: Sequence[Sample]) -> Tensor:
         return torch.cat(tiles)
     shape = (sum(map(len, tiles)), *tiles[0].shape[1:])
     storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own default_collate does
-    return torch.cat(tiles, out=tiles[0].new_empty(0).set_(storage, 0, shape))
+    return torch.cat(tiles, out=tiles[0].new_empty(0).set_(storage).view(shape))
 
 
 def _longest(samples: Sequence[Sample]) -> str:
