@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from internvl.commands.train import main
+from internvl.data.collate import collate_nothing
 from internvl.data.images import normalise
 from internvl.data.packing import Packing
 from internvl.load import load_checkpoint
@@ -29,7 +30,7 @@ from internvl.train.recipes import find_recipe, tiny
 from internvl.train.run import RunConfig, differences, to_json
 from internvl.train.settings import Part, Schedule, Tokens
 from internvl.train.stages import open_stage
-from internvl.train.stages.sft import open_loader
+from internvl.train.stages.sft import Sft, open_loader
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +251,26 @@ def test_frames_of_a_video_are_those_of_the_run(inputs: Path, tmp_path: Path) ->
         states.append(loader.state_dict())
     with pytest.raises(ValueError, match="other data or settings"):
         loader.load_state_dict(states[0])
+
+
+def test_a_step_of_which_every_record_was_left_out_is_passed_over(inputs: Path, tmp_path: Path) -> None:
+    """On several ranks: each gets an empty batch in the place of a rejected one, to stay in step."""
+    run = tiny_run(inputs, tmp_path / "a", schedule=Schedule(steps=3))
+    stage = open_stage(run)
+    assert isinstance(stage, Sft)
+    batches = stage.batches
+
+    def with_empty_ones() -> Any:
+        for number, batch in enumerate(batches()):
+            yield from [collate_nothing(0, 56, packed=False)] * (number % 3)
+            yield batch
+
+    stage.batches = with_empty_ones  # type: ignore[method-assign]
+    train(run, stage)
+    other = tiny_run(inputs, tmp_path / "b", schedule=Schedule(steps=3))
+    train(other, open_stage(other))
+    first, second = learned(tmp_path / "a", 3), learned(tmp_path / "b", 3)
+    assert all(torch.equal(first[name], second[name]) for name in second)
 
 
 def test_nothing_is_made_at_a_path_that_somebody_gave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
