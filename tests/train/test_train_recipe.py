@@ -273,6 +273,27 @@ def test_a_step_of_which_every_record_was_left_out_is_passed_over(inputs: Path, 
     assert all(torch.equal(first[name], second[name]) for name in second)
 
 
+def test_ranks_set_records_aside_in_files_of_their_own(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One file would lose what a rank wrote when another one begins it."""
+    lines = (inputs / "records.jsonl").read_text().splitlines()[:6]
+    (tmp_path / "set.jsonl").write_text("\n".join([lines[0], "{broken", lines[1], "[broken", *lines[2:]]) + "\n")
+    loaded = load_checkpoint(inputs / "model")
+    run = tiny_run(inputs, tmp_path / "out")
+    run = replace(run, data=replace(run.data, on_error="quarantine", max_rejected=0.5, batch_samples=1))
+    loaders = []
+    for rank in range(2):
+        monkeypatch.setattr("internvl.parallel.collectives.rank", lambda rank=rank: rank)
+        loaders.append(open_loader(run, loaded.tokenizer, loaded.config, str(tmp_path / "set.jsonl"), learning=True))
+    met = [list(islice(loader.dealt(rank, 2), 8)) and loader.skipped for rank, loader in enumerate(loaders)]
+    assert {**met[0], **met[1]}.keys() == {f"{tmp_path / 'set.jsonl'}:{line}" for line in (2, 4)}
+    for name, skipped in zip(("quarantine.jsonl", "quarantine-1.jsonl"), met, strict=True):
+        file = tmp_path / "out" / name
+        written = file.read_text().splitlines() if file.is_file() else []
+        assert {f"{entry['file']}:{entry['line']}" for entry in map(json.loads, written)} == skipped.keys()
+
+
 def test_nothing_is_made_at_a_path_that_somebody_gave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A misspelt path is an error, not a run on made-up colours and random weights."""
     monkeypatch.chdir(tmp_path)

@@ -295,8 +295,14 @@ def open_loader(run: RunConfig, tokenizer: Any, config: ChatConfig, path: str, l
         on_error=data.on_error if learning else "error",
         max_rejected=data.max_rejected,
         changed=data.changed,
-        quarantine=Path(run.out) / "quarantine.jsonl" if learning and data.on_error == "quarantine" else None,
+        quarantine=set_aside(run) if learning and data.on_error == "quarantine" else None,
     )
+
+
+def set_aside(run: RunConfig) -> Path:
+    """The file of rejected records: one a rank, since each begins and goes on with its own."""
+    rank = collectives.rank()
+    return Path(run.out) / ("quarantine.jsonl" if not rank else f"quarantine-{rank}.jsonl")
 
 
 def prompted(config: ChatConfig, data: Data) -> ChatConfig:
