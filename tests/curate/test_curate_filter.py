@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,12 @@ def test_exempt_sets_are_not_searched_for_repetition(tmp_path: Path) -> None:
     lines = [line(0, "wait " * 60, loops=0), line(1, "1" + "0" * 99)]
     kept, _ = run(tmp_path, lines, Rules(repetition_field="loops", exempt=("set",)))
     assert kept == lines[:1]
+    with pytest.raises(ValueError, match="exempt names 'sett', which is no set; there are set"):
+        run(tmp_path, lines, Rules(exempt=("sett",)))
+    (tmp_path / "many").mkdir()
+    shard = replace(write(tmp_path, lines, "many/a"), entry="many")  # a file of an entry with a pattern
+    (report,) = filter_sets([shard], tmp_path / "of_an_entry", Rules(repetition_field="loops", exempt=("many",)))
+    assert report.kept == 1
 
 
 def test_a_model_is_asked_for_scores_that_nobody_gave(tmp_path: Path) -> None:

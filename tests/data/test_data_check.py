@@ -27,7 +27,7 @@ from internvl.data.findings import spread
 from internvl.data.loader import Loader
 from internvl.data.mixture import DataSet, read_sets
 from internvl.data.report import bar, histogram, tell, to_html
-from internvl.train.recipes import find_recipe, tiny
+from internvl.train.recipes import tiny
 from tiny import tiny_chat_config, tiny_tokenizer
 
 ENCODER = Encoder(tiny_tokenizer(), tiny_chat_config(max_tiles=4), max_length=400)
@@ -239,7 +239,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     run = tiny.tiny_sft()
     data = replace(run.data, meta=str(folder / "records.jsonl"), held_out=str(folder / "held_out.jsonl"))
-    find_recipe("tiny_sft").prepare(replace(run, model=str(folder / "model"), data=data))
+    run = replace(run, model=str(folder / "model"), data=data)
+    tiny.prepare(run, own=run)
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,38 @@ def test_a_sample_over_the_budget_of_a_batch_is_rejected_too(sets: list[DataSet]
     loader = Loader(sets, encoder, 0, BatchSettings(None, tokens=400), on_error="skip")
     assert sum(batch.num_samples for batch in loader.once()) == 14
     assert loader.ledger.state()["two"]["rejected"] == {"budget": 2, "fields": 1, "json": 1}
+
+
+@pytest.mark.parametrize(
+    ("tiles", "packing", "rejected"),
+    [
+        (None, Packing(), {"one": 0, "two": 2}),
+        (None, Packing(search="official"), {"one": 0, "two": 2}),
+        (1, Packing(), {"one": 8, "two": 2}),
+        (1, Packing(search="official", buffer=1), {"one": 8, "two": 2}),
+        (1, Packing(overflow="split"), {"one": 8, "two": 0}),
+        (1, Packing(search="official", overflow="official"), {"one": 8, "two": 0}),
+    ],
+)
+def test_a_sample_over_the_budget_of_a_row_is_rejected_too(
+    sets: list[DataSet], tiles: int | None, packing: Packing, rejected: dict[str, int]
+) -> None:
+    """As of a padded batch: one long record among many must not end a run that may leave records out."""
+    Image.new("RGB", (240, 60), "red").save(Path(sets[0].root) / "a.png")  # four tiles and a thumbnail
+    encoder = Encoder(TOKENIZER, tiny_chat_config(max_tiles=4))
+    settings = BatchSettings(None, tokens=400, tiles=tiles, packed=True, packing=packing)
+    loader = Loader(sets, encoder, 0, settings, on_error="skip")
+    sizes = loader.sizes()
+    seen = Counter(source for batch in loader.once() for source in batch.sources)
+    reasons = {name: entry["rejected"].get("budget", 0) for name, entry in loader.ledger.state().items()}
+    assert reasons == rejected
+    lost = 2 * (packing.overflow == "official")  # long texts: that cut drops rows without a picture
+    assert len(seen) == loader.ledger.num_accepted == 20 - loader.ledger.num_rejected - lost
+    assert max(size.tokens for size in sizes) <= 400
+    assert loader.make(max(range(len(sizes)), key=lambda at: sizes[at].tokens)).num_samples
+    strict = replace(loader, on_error="error")
+    with pytest.raises(ValueError, match="a batch may have"):
+        strict.sizes()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

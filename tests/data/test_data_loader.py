@@ -23,6 +23,7 @@ from internvl.data.encode import Encoder
 from internvl.data.lines import Lines
 from internvl.data.loader import Loader
 from internvl.data.mixture import DataSet, Mixture, by_square_root, read_sets
+from internvl.data.packing import Packing
 from tiny import tiny_chat_config, tiny_tokenizer
 
 FIELDS = ("input_ids", "labels", "loss_weights", "position_ids", "tiles", "attention_mask", "segments")
@@ -219,6 +220,58 @@ def test_a_state_of_other_settings_is_refused(sets: list[DataSet]) -> None:
         make(sets, SETTINGS["packed"]).load_state_dict(state)
     with pytest.raises(ValueError, match="other data or settings"):
         make(sets[:1], SETTINGS["samples"]).load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_changed_records_are_refused_or_gone_on_with(sets: list[DataSet], tmp_path: Path, kind: str) -> None:
+    """The same number of records, other words: what a row was planned to hold is not what it would hold."""
+    loader = make(sets, SETTINGS[kind])
+    take(loader, 3)
+    state = json.loads(json.dumps(loader.state_dict()))
+    path = Path(sets[1].annotation)
+    path.write_text(path.read_text().replace("answer", "another answer"))
+    changed = [replace(data) for data in sets]
+    with pytest.raises(
+        ValueError, match=r"two\.jsonl changed since; put the old file back, .* data\.changed to accept"
+    ):
+        make(changed, SETTINGS[kind]).load_state_dict(state)
+    loader = make(changed, SETTINGS[kind], changed="accept")
+    with pytest.warns(UserWarning, match=r"two\.jsonl changed since; going on with what it says now"):
+        loader.load_state_dict(state)
+    took = take(loader, 6)
+    limit = SETTINGS[kind].tokens
+    assert limit is None or max(batch.input_ids.numel() for batch in took) <= limit
+    make(changed, SETTINGS[kind]).load_state_dict(loader.state_dict())
+
+
+def test_a_moved_or_touched_file_is_the_same(sets: list[DataSet]) -> None:
+    loader = make(sets, SETTINGS["packed"])
+    take(loader, 2)
+    os.utime(sets[0].annotation, (0, 0))
+    again = make([replace(data) for data in sets], SETTINGS["packed"])
+    again.load_state_dict(loader.state_dict())
+
+
+def test_another_number_of_records_names_the_file(sets: list[DataSet]) -> None:
+    state = make(sets, SETTINGS["samples"]).state_dict()
+    with open(sets[0].annotation, "a") as file:
+        file.write(Path(sets[0].annotation).read_text().splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match=r"other data or settings .*one\.jsonl changed since"):
+        make([replace(data) for data in sets], SETTINGS["samples"], changed="accept").load_state_dict(state)
+
+
+def test_open_rows_of_cut_samples_cannot_be_sized_anew(sets: list[DataSet]) -> None:
+    settings = replace(SETTINGS["packed"], packing=Packing(overflow="split"))
+    loader = make(sets, settings)
+    take(loader, 2)
+    state = loader.state_dict()
+    path = Path(sets[1].annotation)
+    path.write_text(path.read_text().replace("answer", "another answer"))
+    with (
+        pytest.warns(UserWarning, match="changed since"),
+        pytest.raises(ValueError, match="overflow is 'split': of changed records nobody"),
+    ):
+        make([replace(data) for data in sets], settings, changed="accept").load_state_dict(state)
 
 
 def test_counts_are_kept_until_the_file_or_a_setting_changes(sets: list[DataSet], tmp_path: Path) -> None:

@@ -47,6 +47,15 @@ def test_ngrams_are_counted_as_defined(words: list[str], n: int) -> None:
     assert repeated_ngrams(" ".join(words), n) == expected
 
 
+@given(st.lists(st.sampled_from(["a", "b", "cc"]), max_size=30), st.integers(1, 5), st.integers(1, 4))
+def test_what_the_official_share_refuses_is_refused(words: list[str], times: int, n: int) -> None:
+    """It divides by all n-grams, not by the distinct ones, so the more often a text repeats, the smaller it gets."""
+    words = words * times
+    grams = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
+    official = sum(grams.count(gram) > 1 for gram in set(grams)) / len(grams) if grams else 0.0
+    assert repeated_ngrams(" ".join(words), n) >= official
+
+
 def test_lines() -> None:
     assert repeated_lines("a\n\nb\n a \na") == 0.5
     assert repeated_lines("a\na", min_lines=3) == repeated_lines("") == 0.0

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from PIL import Image
 
 from internvl.data.lines import Lines
 from internvl.data.mixture import DataSet, Mixture, read_sets
+from internvl.data.records import load_line
 from internvl.data.shards import write_tar
 from internvl.data.sources import JsonLines, ParquetRecords, TarRecords, open_records
 
@@ -84,6 +86,35 @@ def test_a_broken_line_is_named_by_its_number(tmp_path: Path) -> None:
         records.record(1)
 
 
+def test_a_file_that_is_no_jsonl_is_named_once(tmp_path: Path) -> None:
+    records = [{"id": n, "conversations": TALK} for n in range(3)]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    path = tmp_path / "a.jsonl"
+    for text in (json.dumps(records), json.dumps(records, indent=1), json.dumps(records[0], indent=1)):
+        path.write_text(text)
+        with pytest.raises(
+            ValueError, match=r"a\.jsonl: one JSON value over the whole file; JSONL has an object on each"
+        ):
+            open_records(str(path))
+    path.write_text(lines, encoding="utf-16")
+    with pytest.raises(ValueError, match=r"a\.jsonl: UTF-16; JSONL is UTF-8; convert it"):
+        open_records(str(path))
+    path.write_text("[\n" + lines)
+    assert len(open_records(str(path))) == 4  # one bad line among good ones is a bad record
+
+
+def test_a_line_is_utf_8_wherever_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    text = json.dumps({"conversations": TALK})
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\n" + text.encode("utf-16-le") + b"\n")
+    records = open_records(str(path))
+    assert records.record(0).turns[1].text == "that"
+    assert isinstance(records, JsonLines)
+    for line in (records.lines.read(1), records.lines.read(1).strip()):  # whole, and as the check of a set reads it
+        with pytest.raises(ValueError, match="not a JSON line"):
+            load_line(line)
+
+
 def test_a_tar_is_read_at_any_place(tmp_path: Path) -> None:
     path = tmp_path / "shard.tar"
     samples: list[tuple[str, dict[str, bytes]]] = []
@@ -110,6 +141,27 @@ def test_a_tar_is_read_at_any_place(tmp_path: Path) -> None:
         records.record(6)
     with pytest.raises(ValueError, match=r"shard\.tar:none: fields png; a record has one of json"):
         records.record(7)
+
+
+def test_a_digest_follows_the_content(tmp_path: Path) -> None:
+    """Not the name and not the date of a file; of a tar its members and some records."""
+
+    def written(name: str, word: str) -> str:
+        talk = {"conversations": [TALK[0], {"from": "gpt", "value": word}]}
+        if name.endswith(".tar"):
+            write_tar(tmp_path / name, [("a", {"json": json.dumps(talk).encode()})])
+        else:
+            (tmp_path / name).write_text(json.dumps(talk) + "\n")
+        return open_records(str(tmp_path / name)).digest()
+
+    for suffix in (".jsonl", ".tar"):
+        first = written(f"a{suffix}", "that")
+        assert first == written(f"b{suffix}", "that")
+        assert first != written(f"c{suffix}", "this")
+        assert first != written(f"d{suffix}", "this and that")
+    for kept in (tmp_path / "cache" / "lines").glob("*.digest"):  # an index of an earlier version has none
+        kept.unlink()
+    assert open_records(str(tmp_path / "a.jsonl")).digest()
 
 
 def test_bad_tars_are_named(tmp_path: Path) -> None:
@@ -175,6 +227,11 @@ def test_parquet_rows_are_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     check_rows(records, path)
     assert fake.read == [0, 1]  # a row group stays until another is needed
     assert len(pickle.dumps(records)) < 2000
+    digests = []
+    for footer in (b"statistics", b"others", b"statistics"):
+        path.write_bytes(b"PAR1rows" + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+        digests.append(open_records(str(path), "root").digest())
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_parquet_rows_of_a_file(tmp_path: Path) -> None:
@@ -225,6 +282,10 @@ def test_a_wrong_length_is_an_error(tmp_path: Path) -> None:
         ({"max_dynamic_patch": 2.5}, "mine: `max_dynamic_patch` is 2.5; give a whole number"),
         ({"max_dynamic_patch": 0}, "mine: max_dynamic_patch 0; it must be at least 1"),
         ({"length": True}, "mine: `length` is True"),
+        ({"data_augment": "false"}, "mine: `data_augment` is 'false'; give true or false"),
+        ({"root": 5}, "mine: `root` is 5; give the folder"),
+        ({"repeat_tme": 3}, "mine: no field is called 'repeat_tme'; is 'repeat_time' meant?"),
+        ({"repeat_time": 0}, "mine: repeat_time 0.0; it must be above 0: to leave a set out, remove it"),
     ],
 )
 def test_bad_numbers_in_a_meta_file_are_named(tmp_path: Path, entry: dict[str, Any], message: str) -> None:
@@ -233,6 +294,50 @@ def test_bad_numbers_in_a_meta_file_are_named(tmp_path: Path, entry: dict[str, A
     meta.write_text(json.dumps({"mine": {"annotation": "a.jsonl", **entry}}))
     with pytest.raises(ValueError, match=message):
         read_sets(meta)
+
+
+def test_no_root_is_the_folder_of_the_meta_file(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", 2)
+    meta = tmp_path / "meta.json"
+    meta.write_text(json.dumps({"mine": {"annotation": "a.jsonl", "root": None, "data_augment": None}}))
+    meta_without = tmp_path / "without.json"
+    meta_without.write_text(json.dumps({"mine": {"annotation": "a.jsonl"}}))
+    assert read_sets(meta) == read_sets(meta_without)
+
+
+def test_a_set_that_stands_twice_is_not_lost_in_silence(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", 2)
+    meta = tmp_path / "meta.json"
+    meta.write_text('{"mine": {"annotation": "a.jsonl"}, "mine": {"annotation": "a.jsonl", "repeat_time": 2}}')
+    with pytest.raises(ValueError, match="'mine' stands twice in one object; rename or remove one"):
+        read_sets(meta)
+
+
+def test_what_is_no_meta_file_is_named(tmp_path: Path) -> None:
+    meta = tmp_path / "meta.json"
+    with pytest.raises(FileNotFoundError, match=r"meta\.json: no such file; give a meta JSON"):
+        read_sets(meta)
+    meta.write_text('[{"conversations": []}]')
+    with pytest.raises(ValueError, match="a JSON list is not a meta JSON; records stand one a line"):
+        read_sets(meta)
+
+
+def test_other_fields_of_an_entry_are_told(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", 2)
+    meta = tmp_path / "meta.json"
+    meta.write_text(json.dumps({"mine": {"annotation": "a.jsonl", "media_root": "p", "note": "x"}}))
+    assert read_sets(meta)[0].ignored == ("media_root", "note")
+
+
+def test_an_epoch_has_a_limit_and_some_of_every_set(tmp_path: Path) -> None:
+    one, two = (DataSet(str(write(tmp_path / f"{name}.jsonl", 5)), name=name) for name in "ab")
+    with pytest.raises(
+        ValueError, match=r"an epoch of 5,000,000,000,005 records; the limit is .* of a, which is 1e\+12"
+    ):
+        Mixture([replace(one, repeat=1e12), two])
+    with pytest.raises(ValueError, match=r"a: repeat_time 0\.05 of 5 records is none in an epoch; raise it"):
+        Mixture([replace(one, repeat=0.05), two])
+    assert Mixture([replace(one, repeat=0.1 + 1e-9), two]).entries == 6
 
 
 def test_only_jsonl_has_lines(tmp_path: Path) -> None:

@@ -9,15 +9,18 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from broken import break_off
+from PIL import Image
 from safetensors.torch import load_file
 
 from internvl.commands.train import main
+from internvl.data.collate import collate_nothing
 from internvl.data.images import normalise
 from internvl.data.packing import Packing
 from internvl.load import load_checkpoint
@@ -27,6 +30,7 @@ from internvl.train.recipes import find_recipe, tiny
 from internvl.train.run import RunConfig, differences, to_json
 from internvl.train.settings import Part, Schedule, Tokens
 from internvl.train.stages import open_stage
+from internvl.train.stages.sft import Sft, open_loader
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model and records of `tiny_sft`, made once."""
     folder = tmp_path_factory.mktemp("inputs")
     run = tiny_run(folder, folder)
-    find_recipe("tiny_sft").prepare(run)
+    tiny.prepare(run, own=run)
     return folder
 
 
@@ -227,6 +231,79 @@ def test_the_command_takes_overrides_and_prints_json(inputs: Path, tmp_path: Pat
     with pytest.raises(ValueError, match=r"schedule\.steps: 2 -> 3"):
         main([*words, "--schedule.steps", "3"])
     assert main(["--run", str(tmp_path / "out")]) == 0
+
+
+def test_frames_of_a_video_are_those_of_the_run(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "video").mkdir()
+    for number in range(9):
+        Image.new("RGB", (56, 56), (number * 20,) * 3).save(tmp_path / "video" / f"frame_{number}.png")
+    turns = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "grey"}]
+    (tmp_path / "set.jsonl").write_text(json.dumps({"video": "video", "conversations": turns}) + "\n")
+    loaded = load_checkpoint(inputs / "model")
+    run = tiny_run(inputs, tmp_path)
+    states = []
+    for least, most in ((3, 3), (1, 5)):
+        data = replace(run.data, min_frames=least, max_frames=most)
+        run = replace(run, data=data)
+        loader = open_loader(run, loaded.tokenizer, loaded.config, str(tmp_path / "set.jsonl"), learning=True)
+        tiles = {batch.num_tiles for batch in islice(loader, 20)}
+        assert tiles == set(range(least, most + 1))
+        states.append(loader.state_dict())
+    with pytest.raises(ValueError, match="other data or settings"):
+        loader.load_state_dict(states[0])
+
+
+def test_a_step_of_which_every_record_was_left_out_is_passed_over(inputs: Path, tmp_path: Path) -> None:
+    """On several ranks: each gets an empty batch in the place of a rejected one, to stay in step."""
+    run = tiny_run(inputs, tmp_path / "a", schedule=Schedule(steps=3))
+    stage = open_stage(run)
+    assert isinstance(stage, Sft)
+    batches = stage.batches
+
+    def with_empty_ones() -> Any:
+        for number, batch in enumerate(batches()):
+            yield from [collate_nothing(0, 56, packed=False)] * (number % 3)
+            yield batch
+
+    stage.batches = with_empty_ones  # type: ignore[method-assign]
+    train(run, stage)
+    other = tiny_run(inputs, tmp_path / "b", schedule=Schedule(steps=3))
+    train(other, open_stage(other))
+    first, second = learned(tmp_path / "a", 3), learned(tmp_path / "b", 3)
+    assert all(torch.equal(first[name], second[name]) for name in second)
+
+
+def test_ranks_set_records_aside_in_files_of_their_own(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One file would lose what a rank wrote when another one begins it."""
+    lines = (inputs / "records.jsonl").read_text().splitlines()[:6]
+    (tmp_path / "set.jsonl").write_text("\n".join([lines[0], "{broken", lines[1], "[broken", *lines[2:]]) + "\n")
+    loaded = load_checkpoint(inputs / "model")
+    run = tiny_run(inputs, tmp_path / "out")
+    run = replace(run, data=replace(run.data, on_error="quarantine", max_rejected=0.5, batch_samples=1))
+    loaders = []
+    for rank in range(2):
+        monkeypatch.setattr("internvl.parallel.collectives.rank", lambda rank=rank: rank)
+        loaders.append(open_loader(run, loaded.tokenizer, loaded.config, str(tmp_path / "set.jsonl"), learning=True))
+    met = [list(islice(loader.dealt(rank, 2), 8)) and loader.skipped for rank, loader in enumerate(loaders)]
+    assert {**met[0], **met[1]}.keys() == {f"{tmp_path / 'set.jsonl'}:{line}" for line in (2, 4)}
+    for name, skipped in zip(("quarantine.jsonl", "quarantine-1.jsonl"), met, strict=True):
+        file = tmp_path / "out" / name
+        written = file.read_text().splitlines() if file.is_file() else []
+        assert {f"{entry['file']}:{entry['line']}" for entry in map(json.loads, written)} == skipped.keys()
+
+
+def test_nothing_is_made_at_a_path_that_somebody_gave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A misspelt path is an error, not a run on made-up colours and random weights."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"mine\.jsonl: no such file"):
+        main(["tiny_sft", "--data.meta", "mine.jsonl", "--data.held-out", "", "--device", "cpu"])
+    assert not Path("mine.jsonl").exists()
+    assert Path("runs/tiny-inputs/model/config.json").is_file()  # its own inputs are made
+    with pytest.raises((ValueError, OSError), match="nowhere"):
+        main(["tiny_sft", "--model", "nowhere", "--device", "cpu"])
+    assert not Path("nowhere").exists()
 
 
 def test_a_run_that_stopped_early_can_be_exported(inputs: Path, tmp_path: Path, capsys: Any) -> None:

@@ -144,14 +144,19 @@ TABLE = {  # official shell/internvl1.2 to 2.5, shell/mini_internvl; paper 2.5, 
     "v2_5_stage1_5_26b": ("vc", 1e-5, 1024, 0.05, 0.4, 16384, 12),
     "v2_5_stage2_4b": ("vcl", 4e-5, 512, 0.01, 0.1, 16384, 12),
     "v2_5_stage2_38b": ("vcl", 2e-5, 512, 0.05, 0.4, 16384, 12),
-    "mini_adapt_bdd_2b": ("vcl", 1e-5, 64, 0.01, 0.1, 16384, 12),
-    "mini_adapt_drivelm_1b": ("vcl", 1e-5, 8, 0.01, 0.1, 16384, 12),
+    "mini_adapt_bdd_2b": ("vcl", 1e-5, 64, 0.01, 0.1, 8192, 12),
+    "mini_adapt_drivelm_1b": ("vcl", 1e-5, 8, 0.01, 0.1, 8192, 12),
+    "mini_adapt_medical_4b": ("vcl", 1e-5, 64, 0.01, 0.1, 8192, 12),
 }
 
 
 @pytest.mark.parametrize("name", TABLE)
 def test_numbers(name: str) -> None:
     assert row(run_of(name)) == TABLE[name]
+
+
+def test_second_fine_tuning_starts_from_the_release_that_the_script_names() -> None:
+    assert run_of("v1_2_finetune").model == run_of("v1_2_finetune_lora").model == "OpenGVLab/InternVL-Chat-V1-2-Plus"
 
 
 def test_steps_of_2_5() -> None:

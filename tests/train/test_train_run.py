@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from internvl.data.packing import Packing
 from internvl.train import optim
 from internvl.train.recipes import RECIPES
 from internvl.train.run import RunConfig, differences, from_json, read_run, to_json
@@ -74,6 +75,27 @@ def test_read_run_takes_file_or_folder(tmp_path: Path) -> None:
         ({"accumulate": 0}, "accumulate is 0"),
         ({"connector": Part("lora")}, "full or frozen"),
         ({"vision": Part("lora", layers_from=-4)}, r"vision\.layers_from is -4"),
+        ({"optimiser": Optimiser(clip=-1.0)}, r"optimiser\.clip is -1\.0; it must be at least 0"),
+        ({"optimiser": Optimiser(peak_lr=float("nan"))}, r"optimiser\.peak_lr is nan; it must be above 0"),
+        ({"optimiser": Optimiser(weight_decay=-0.1)}, r"optimiser\.weight_decay is -0\.1"),
+        ({"optimiser": Optimiser(betas=(0.9, 1.0))}, r"each lies in \[0, 1\)"),
+        ({"schedule": Schedule(steps=9, warmup_steps=-1)}, r"schedule\.warmup_steps is -1"),
+        ({"schedule": Schedule(steps=9, warmup_share=2.0)}, r"schedule\.warmup_share is 2\.0"),
+        (
+            {"connector": Part("full", lr_scale=-1.0)},
+            r"connector\.lr_scale is -1\.0; it must be at least 0",
+        ),
+        ({"language": Part("lora", rank=0)}, r"language\.rank is 0"),
+        ({"language": Part("lora", dropout=2.0)}, r"language\.dropout is 2\.0"),
+        ({"vision": Part("full", drop_path=1.0)}, r"vision\.drop_path is 1\.0"),
+        ({"save_every": -1}, "save_every is -1"),
+        ({"data": Data(max_tiles=0)}, r"data\.max_tiles is 0"),
+        ({"data": Data(min_frames=0)}, r"data\.min_frames is 0"),
+        ({"data": Data(min_frames=9, max_frames=4)}, r"data\.min_frames is 9 and data\.max_frames 4"),
+        ({"data": Data(max_length=0)}, r"data\.max_length is 0"),
+        ({"data": Data(workers=-1)}, r"data\.workers is -1"),
+        ({"data": Data(packing=Packing(overflow="split"))}, "only with --data.packed and --data.batch-tokens"),
+        ({"data": Data(packed=True, packing=Packing(hand=4))}, "only with --data.packed and --data.batch-tokens"),
     ],
 )
 def test_bad_values_are_refused(changes: dict[str, object], message: str) -> None:

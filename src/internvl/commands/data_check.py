@@ -27,6 +27,8 @@ class Check:
     """Positions of one sample, as `data.max_length` of training."""
     max_tiles: int | None = None
     """Tiles of one image before the thumbnail; the model's own number when not given."""
+    max_frames: int = 32
+    """Of a video, as `data.max_frames` of training."""
     overlong: Literal["error", "cut"] = "error"
     """As `data.overlong` of training: is a record that is too long wrong, or only told of."""
     decode: bool = False
@@ -63,11 +65,13 @@ def run(asked: Check) -> int:
     from rich.progress import Progress
 
     from internvl.data.check import Checks, check
+    from internvl.data.media import FrameSettings
     from internvl.data.mixture import read_sets
     from internvl.data.report import tell, to_html
 
     sets = read_sets(asked.meta)
-    encoder = open_encoder(asked.model, asked.max_length, asked.max_tiles, asked.overlong)
+    frames = FrameSettings(min_frames=min(8, asked.max_frames), max_frames=asked.max_frames)
+    encoder = replace(open_encoder(asked.model, asked.max_length, asked.max_tiles, asked.overlong), frames=frames)
     errors = Console(stderr=True)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task("records", total=sum(some.length or 0 for some in sets) or None)

@@ -54,7 +54,7 @@ class _Look(Dataset[_Part]):
         if chunk >= len(self):
             raise IndexError(chunk)
         part = _Part({}, {}, [])
-        name = name_of(self.data)
+        name = self.data.entry if self.data.entry in self.rules.exempt else name_of(self.data)
         for position in range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, len(self.data.lines))):
             line, source = self.data.lines.read(position).strip(), self.data.source(position)
             part.digests.append(0)
@@ -104,6 +104,9 @@ def filter_sets(
     """NAME.kept.jsonl, NAME.rejected.jsonl, meta.json and counts.json below `out`."""
     if (out / "counts.json").exists():
         raise ValueError(f"{out / 'counts.json'} exists; give a folder that is new, so that nothing is mixed up")
+    names = dict.fromkeys(data.entry or name_of(data) for data in sets)
+    if unknown := sorted(set(rules.exempt) - {*names, *map(name_of, sets)}):
+        raise ValueError(f"rules.exempt names {unknown[0]!r}, which is no set; there are {', '.join(names)}")
     verdicts: list[dict[int, Verdict]] = []
     digests: list[np.ndarray] = []
     unscored: list[set[int]] = []

@@ -46,6 +46,11 @@ class BatchSettings:
         return Room(self.tokens, self.tiles, self.samples) if self.packed and self.tokens is not None else None
 
     @property
+    def longest(self) -> int | None:
+        """Tokens of a sample at most; None where longer ones are cut."""
+        return None if self.room is not None and self.packing.overflow != "never" else self.tokens
+
+    @property
     def is_measured(self) -> bool:
         """Whether the size of every sample must be known beforehand."""
         return self.grouped or self.tokens is not None or self.tiles is not None

@@ -176,7 +176,7 @@ def _one(
     data: DataSet, encoder: Encoder, checks: Checks, on_progress: Callable[[int], None]
 ) -> tuple[list[tuple[int, str, str]], SetReport, UInt64[np.ndarray, "records 2"]]:
     """Everything that shows inside one set."""
-    made = SetReport(data.name or data.annotation, data.annotation, encoder.max_length)
+    made = SetReport(data.name or data.annotation, data.annotation, encoder.max_length, meta_ignored=data.ignored)
     none = np.zeros((0, 2), np.uint64)
     try:
         made.given = len(data)

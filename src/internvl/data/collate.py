@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from internvl.batch import ChatBatch
 from internvl.data.sample import Sample
@@ -86,10 +88,21 @@ def collate_nothing(pad_id: int, side: int, packed: bool) -> ChatBatch:
 
 
 def _tiles(samples: Sequence[Sample]) -> Tensor:
+    """One after the other; in a worker of a loader at once in the memory that it shares.
+
+    From a worker's own memory they would be copied there, and what such a large block leaves behind stays: a heap grows
+    by the largest batch and is not given back.
+    """
     tiles = [sample.tiles for sample in samples if sample.num_tiles]
     if not tiles:
         return samples[0].tiles
-    return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+    if len(tiles) == 1:
+        return tiles[0]
+    if get_worker_info() is None:
+        return torch.cat(tiles)
+    shape = (sum(map(len, tiles)), *tiles[0].shape[1:])
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own default_collate does
+    return torch.cat(tiles, out=tiles[0].new_empty(0).set_(storage).view(shape))
 
 
 def _longest(samples: Sequence[Sample]) -> str:

@@ -42,6 +42,8 @@ class SetReport:
     kinds: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
     sizes: Int[np.ndarray, "measured 3"] = field(default_factory=lambda: np.zeros((0, 3), np.int32))
+    meta_ignored: tuple[str, ...] = ()
+    """Fields of its entry in the meta JSON that nothing reads."""
 
     @property
     def accepted(self) -> int:
@@ -71,6 +73,7 @@ class SetReport:
             "max_length": self.max_length,
             "over_max_length": self.over,
             "ignored_fields": dict(sorted(self.ignored.items())),
+            "ignored_meta_fields": list(self.meta_ignored),
         }
 
 

@@ -101,7 +101,7 @@ def entry_of(name: str, source: str, reason: str, message: str, line: bytes) -> 
     path, place = place_of(source)
     record: Any = None  # of a file that is not made of lines
     try:
-        record = json.loads(line) if line else None
+        record = json.loads(line.decode("utf-8-sig")) if line else None
         json.dumps(record)
     except (ValueError, RecursionError):
         record = line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")

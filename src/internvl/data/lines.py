@@ -30,7 +30,7 @@ class Lines:
         self._file: tuple[int, int] | None = None
         kept = _index_path(path)
         with locked(kept):  # ranks that start together: one makes it
-            if not kept.is_file():
+            if not (kept.is_file() and _digest_path(kept).is_file()):
                 _write_index(path, kept)
         self._kept = kept
         self._length = len(self.index) - 1
@@ -47,6 +47,10 @@ class Lines:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None, "_index": None}  # a copied index would be in memory
+
+    def digest(self) -> str:
+        """Of the whole file, whatever it is called and however old."""
+        return _digest_path(self._kept).read_text(encoding="ascii")
 
     @property
     def numbers(self) -> Int[np.ndarray, " lines"]:
@@ -79,9 +83,19 @@ def _write_index(path: str, kept: Path) -> None:
     if not len(found):
         raise ValueError(f"{path}: {_count_blank(path)} blank lines and no record; a data set needs at least one")
     index = np.concatenate([found, [[os.path.getsize(path), 0]]])
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(_WINDOW):
+            digest.update(block)
     draft = kept.with_name(f"{kept.stem}.{os.getpid()}.npy")
+    draft.write_text(digest.hexdigest(), encoding="ascii")
+    os.replace(draft, _digest_path(kept))
     np.save(draft, index, allow_pickle=False)
     os.replace(draft, kept)
+
+
+def _digest_path(kept: Path) -> Path:
+    return kept.with_suffix(".digest")
 
 
 def _starts(path: str) -> Iterator[Int[np.ndarray, "lines 2"]]:

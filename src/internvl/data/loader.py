@@ -6,7 +6,9 @@ the epoch and the place in the epoch, so the number of workers changes nothing.
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +28,7 @@ from internvl.data.collate import collate_nothing
 from internvl.data.encode import Encoder
 from internvl.data.ledger import Ledger, Quarantine
 from internvl.data.measure import measure, unchanged
+from internvl.data.media import FrameSettings
 from internvl.data.mixture import DataSet, Mixture
 from internvl.data.plans import Cursor, Packed, Plain, Plan, Plans
 from internvl.data.work import Made, Work
@@ -64,6 +67,8 @@ class Loader:
     """Largest share of records left out before the run ends: of an epoch, or of all given so far if that is more."""
     quarantine: Path | None = None
     """The file of `on_error="quarantine"`."""
+    changed: Literal["error", "accept"] = "error"
+    """Files that say something else than when a state was taken: refuse the state, or go on with what they say now."""
     skipped: dict[str, str] = field(default_factory=dict, init=False)
     """File and line of what was left out, and why."""
     ledger: Ledger = field(default_factory=Ledger, init=False)
@@ -75,10 +80,10 @@ class Loader:
         self._mixture = Mixture(self.sets, self.seed, self.shuffle)
         encoders = [encoder_of(self.encoder, data) for data in self.sets]
         self._work = Work(self._mixture, encoders, self.settings, self.pad_id, self.on_error != "error")
-        mixture, settings = self._mixture, self.settings
-        self._plans: Plans = Plain(mixture, settings, lambda: self._counts, tolerant=self.on_error != "error")
+        mixture, settings, tolerant = self._mixture, self.settings, self.on_error != "error"
+        self._plans: Plans = Plain(mixture, settings, lambda: self._counts, tolerant)
         if settings.room is not None:
-            self._plans = Packed(mixture, settings, lambda: self._counts, self._work.layout)
+            self._plans = Packed(mixture, settings, lambda: self._counts, self._work.layout, tolerant)
         self._cursor = self._plans.first()
         self._length: tuple[int, int] = (-1, 0)
         self._aside: Quarantine | None = None
@@ -124,6 +129,11 @@ class Loader:
         """Of every batch of the epoch in which the loader stands, from text and headers of media alone."""
         return [self._size(plan) for plan in self._plans.epoch(int(self._cursor["epoch"]))]
 
+    def _is_beyond(self, counts: Int[np.ndarray, "samples 2"]) -> bool:
+        """Whether a record fits no batch and will be rejected."""
+        limits = (self.settings.longest, self.settings.tiles)
+        return any(limit is not None and bool((counts[:, at] > limit).any()) for at, limit in enumerate(limits))
+
     def make(self, number: int) -> ChatBatch:
         """A batch of that epoch, out of turn: the loader's place stays."""
         made = self._work[next(islice(self._plans.epoch(int(self._cursor["epoch"])), number, None))]
@@ -133,16 +143,29 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """The place of the next batch, as plain JSON, the same on every rank; and the counts of this one."""
-        return {**self._cursor, "fingerprint": self._fingerprint, "counts": self.ledger.state()}
+        own = {"fingerprint": self._fingerprint, "contents": self._contents, "counts": self.ledger.state()}
+        return {**self._cursor, **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to the place of a state; data and settings must be those it was taken with, ranks and workers need not."""
+        said = state.get("contents", self._contents)
+        unlike = [path for path, digest in self._contents.items() if said.get(path) != digest]
+        named = f"; {_few(unlike)} changed since" if unlike else ""
         if state["fingerprint"] != self._fingerprint:
             raise ValueError(
-                f"the state is of other data or settings ({state['fingerprint']}, here {self._fingerprint}); "
+                f"the state is of other data or settings ({state['fingerprint']}, here {self._fingerprint}{named}); "
                 "resume with the same sets, seed, batch settings, max_length and tiles, or start anew"
             )
-        self._cursor = {name: value for name, value in state.items() if name not in ("fingerprint", "counts")}
+        if unlike and self.changed == "error":
+            raise ValueError(
+                f"the state is of other records: {_few(unlike)} changed since; put the old file back, start anew, or "
+                "set data.changed to accept to go on with what it says now"
+            )
+        own = ("fingerprint", "contents", "counts")
+        self._cursor = {name: value for name, value in state.items() if name not in own}
+        if unlike:
+            warnings.warn(f"{_few(unlike)} changed since; going on with what it says now", stacklevel=2)
+            self._cursor = self._plans.refit(self._cursor)
         self.ledger, self._resumed = Ledger.of(state.get("counts", {})), True
 
     def describe(self, batch: ChatBatch) -> str:
@@ -153,8 +176,15 @@ class Loader:
     def _fingerprint(self) -> str:
         sets = [(data.annotation, len(data), data.repeat, data.max_tiles, data.augment) for data in self.sets]
         settings = (self.seed, self.shuffle, self.settings, self.encoder.max_length, self.encoder.config)
-        packing = "" if self.settings.room is None else repr(self.settings.packing)
-        return hashlib.sha256((repr((sets, settings)) + packing).encode()).hexdigest()[:16]
+        more = "" if self.settings.room is None else repr(self.settings.packing)
+        frames = self.encoder.frames
+        more += "" if frames == FrameSettings() else repr(frames)  # states of before know no other
+        return hashlib.sha256((repr((sets, settings)) + more).encode()).hexdigest()[:16]
+
+    @cached_property
+    def _contents(self) -> dict[str, str]:
+        """What each file says, in short."""
+        return {data.annotation: data.records.digest() for data in self.sets}
 
     # plans
 
@@ -185,6 +215,8 @@ class Loader:
 
     def _size(self, plan: Plan) -> BatchSize:
         counts = self._counts[plan.numbers].astype(np.int64)
+        if self._is_beyond(counts):
+            return BatchSize(0, 0, 0, 0, 0)
         for place, part in enumerate(plan.parts):
             if part is not None:
                 counts[place] = part.tokens, part.tiles
@@ -226,19 +258,24 @@ class Loader:
     def _run(self, plans: Iterator[Plan]) -> Iterator[Made]:
         if not self.workers:
             return (self._work[plan] for plan in plans)
-        return iter(
-            DataLoader(
-                self._work,
-                batch_size=None,
-                sampler=plans,
-                num_workers=self.workers,
-                collate_fn=unchanged,
-                prefetch_factor=self.prefetch,
-                pin_memory=self.pin_memory,
-                multiprocessing_context="fork",
-                generator=torch.Generator(),  # else the number of workers moves what dropout draws
-            )
+        loader: DataLoader[Made] = DataLoader(
+            self._work,
+            batch_size=None,
+            sampler=plans,
+            num_workers=self.workers,
+            collate_fn=unchanged,
+            prefetch_factor=self.prefetch,
+            pin_memory=self.pin_memory,
+            multiprocessing_context="fork",
+            generator=torch.Generator(),  # else the number of workers moves what dropout draws
         )
+        # A full collection of garbage in a worker would write to every object that it inherits, and so copy all of
+        # them: 84 MB a worker with torch and transformers loaded. Frozen ones are passed over.
+        gc.freeze()
+        try:
+            return iter(loader)  # forks here
+        finally:
+            gc.unfreeze()
 
 
 def encoder_of(encoder: Encoder, data: DataSet) -> Encoder:
@@ -252,6 +289,10 @@ def _company(plans: Sequence[Plan]) -> Company:
         return Company()
     tokens, tiles = [plan.tokens for plan in plans], [plan.tiles for plan in plans]
     return Company(len(plans), sum(tokens), sum(tiles), max(tokens), max(tiles))
+
+
+def _few(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 def _sentence(source: str, message: str) -> str:

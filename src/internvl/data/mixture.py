@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from reprlib import repr as brief
@@ -23,6 +24,11 @@ from jaxtyping import Int
 from internvl.data.lines import Lines
 from internvl.data.records import Record
 from internvl.data.sources import JsonLines, Records, open_records
+
+FIELDS = ("root", "annotation", "data_augment", "max_dynamic_patch", "repeat_time", "length")
+"""Of an entry of the official meta JSON (spec 5.1)."""
+MOST_ENTRIES = 10**9
+"""Records of an epoch: their order lies in memory, four bytes each."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,13 @@ class DataSet:
     """Records that the file must have; nothing is checked where it is not given."""
     entry: str = ""
     """Of the meta JSON, where several files are one entry."""
+    ignored: tuple[str, ...] = ()
+    """Fields of its entry that nothing here reads."""
 
     def __post_init__(self) -> None:
         name = self.name or self.annotation
         if not 0 < self.repeat < math.inf:
-            raise ValueError(f"{name}: repeat_time {self.repeat}; it must be above 0")
+            raise ValueError(f"{name}: repeat_time {self.repeat}; it must be above 0: to leave a set out, remove it")
         if self.max_tiles is not None and self.max_tiles < 1:
             raise ValueError(f"{name}: max_dynamic_patch {self.max_tiles}; it must be at least 1, or not given")
 
@@ -91,15 +99,30 @@ def read_sets(path: str | Path) -> list[DataSet]:
     file = Path(path)
     if file.suffix in (".jsonl", ".parquet", ".tar"):
         return [DataSet(str(file), str(file.parent), file.stem)]
+    if not file.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give a meta JSON or a file of records")
     try:
-        meta = json.loads(file.read_bytes())
-    except ValueError as error:
+        meta = json.loads(file.read_bytes(), object_pairs_hook=_unlike)
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: not JSON ({error}); give a meta JSON or a file that ends in .jsonl, .parquet or .tar"
         ) from error
+    if isinstance(meta, list):
+        raise ValueError(
+            f"{path}: a JSON list is not a meta JSON; records stand one a line, in a file that ends in .jsonl"
+        )
     if not isinstance(meta, dict) or not meta or not all(isinstance(entry, dict) for entry in meta.values()):
         raise ValueError(f"{path}: not a meta JSON; it maps names to objects with `root` and `annotation`")
     return [data for name, entry in meta.items() for data in _data_sets(name, entry, file.parent)]
+
+
+def _unlike(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names differ: of two that are the same, JSON would keep the last and lose a set."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for at, (name, _) in enumerate(pairs) if name in dict(pairs[:at]))
+        raise ValueError(f"{twice!r} stands twice in one object; rename or remove one")
+    return found
 
 
 def _data_sets(name: str, entry: Mapping[str, Any], folder: Path) -> list[DataSet]:
@@ -107,15 +130,21 @@ def _data_sets(name: str, entry: Mapping[str, Any], folder: Path) -> list[DataSe
     annotation = entry.get("annotation")
     if not isinstance(annotation, str):
         raise ValueError(f"{name}: `annotation` is {annotation!r}; give the path of a JSONL, parquet or tar file")
+    root, augment = entry.get("root") or "", entry.get("data_augment") or False
+    if not isinstance(root, str):
+        raise ValueError(f"{name}: `root` is {brief(root)}; give the folder of its pictures")
+    if not isinstance(augment, bool):
+        raise ValueError(f"{name}: `data_augment` is {brief(augment)}; give true or false")
     repeat = _number(entry, "repeat_time", name)
     data = DataSet(
         annotation=_find(annotation, folder),
-        root=_find(str(entry.get("root", "")), folder),
+        root=_find(root, folder),
         name=name,
-        augment=bool(entry.get("data_augment", False)),
+        augment=augment,
         max_tiles=_whole(entry, "max_dynamic_patch", name),
         repeat=1.0 if repeat is None else repeat,
         length=_whole(entry, "length", name),
+        ignored=_ignored(entry, name),
     )
     if "*" not in annotation or os.path.exists(data.annotation):
         return [data]
@@ -127,6 +156,15 @@ def _data_sets(name: str, entry: Mapping[str, Any], folder: Path) -> list[DataSe
     if data.length is not None and data.length != total:
         raise ValueError(f"{name}: `length` is {data.length} but {len(paths)} files have {total} records; correct it")
     return sets
+
+
+def _ignored(entry: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """Fields that nothing reads; ValueError for one that is a known one misspelt."""
+    unknown = sorted(set(entry) - set(FIELDS))
+    for field in unknown:
+        if near := get_close_matches(field, set(FIELDS) - set(entry), 1, 0.8):
+            raise ValueError(f"{name}: no field is called {field!r}; is {near[0]!r} meant?")
+    return tuple(unknown)
 
 
 def by_square_root(sets: Sequence[DataSet]) -> list[DataSet]:
@@ -173,6 +211,22 @@ class Mixture:
         for data in self.sets:
             data.check_length()
         self.bounds = np.cumsum([0, *(len(data) for data in self.sets)])
+        self._check_entries()
+
+    def _check_entries(self) -> None:
+        """ValueError where an epoch is too long, or has no record of a set."""
+        for data in self.sets:
+            if self.entries and not int(data.repeat) and not round(data.repeat * len(data)):
+                raise ValueError(
+                    f"{data.name or data.annotation}: repeat_time {data.repeat:g} of {len(data)} records is none in an "
+                    "epoch; raise it, or leave the set out"
+                )
+        if self.entries > MOST_ENTRIES:
+            most = max(self.sets, key=lambda data: data.repeat * len(data))
+            raise ValueError(
+                f"an epoch of {self.entries:,} records; the limit is {MOST_ENTRIES:,}; lower repeat_time of "
+                f"{most.name or most.annotation}, which is {most.repeat:g}"
+            )
 
     def __len__(self) -> int:
         """Records, each counted once."""

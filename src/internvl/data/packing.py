@@ -158,7 +158,7 @@ class Packer:
     def _maintain(self) -> list[Row]:
         given, self._full = (self._full[:1], self._full[1:]) if self._official else (self._full, [])
         if self._official:
-            while self._open and self._open[0].tiles == self.room.tiles:
+            while self._open and self._has_no_tile_left(self._open[0]):
                 given.append(self._take(0))
         while len(self._open) > self.settings.buffer:
             given.append(self._take(0 if self._official else -1))
@@ -169,7 +169,7 @@ class Packer:
         return self._open.pop(at)
 
     def _put(self, row: Row) -> None:
-        full = row.tokens >= self.room.tokens or (not self._official and row.tiles == self.room.tiles)
+        full = row.tokens >= self.room.tokens or (not self._official and self._has_no_tile_left(row))
         if full:
             self._full.append(row)
             return
@@ -177,6 +177,10 @@ class Packer:
         at = bisect_right(self._keys, key)
         self._keys.insert(at, key)
         self._open.insert(at, row)
+
+    def _has_no_tile_left(self, row: Row) -> bool:
+        """A sample of too many tiles has a row of its own, which whoever makes it rejects."""
+        return self.room.tiles is not None and row.tiles >= self.room.tiles
 
     def _fullness(self, tokens: int, tiles: int) -> int:
         """The larger of both shares, over a common denominator: no rounding decides who comes first."""

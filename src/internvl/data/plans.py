@@ -49,6 +49,9 @@ class Plans(Protocol):
     def epoch(self, epoch: int) -> Iterator[Plan]:
         """The plans of one epoch."""
 
+    def refit(self, cursor: Cursor) -> Cursor:
+        """A cursor over records whose words have changed: from the same place on, by their sizes now."""
+
 
 @dataclass
 class Plain:
@@ -77,6 +80,10 @@ class Plain:
                     yield plan, {"epoch": epoch + ends, "batch": 0 if ends else number}
                 plan, number = following, number + 1
             epoch, batch = epoch + 1, 0
+
+    def refit(self, cursor: Cursor) -> Cursor:
+        """Nothing of a record is in it."""
+        return cursor
 
     def epoch(self, epoch: int) -> Iterator[Plan]:
         numbers, settings = self.mixture.epoch(epoch), self.settings
@@ -109,6 +116,8 @@ class Packed:
     counts: Callable[[], Int[np.ndarray, "records 2"]]
     layout: Callable[[int, int, int], Layout]
     """Of a record's number, the epoch and the place in it."""
+    tolerant: bool = False
+    """As of `Plain`."""
 
     def first(self) -> Cursor:
         return self._cursor(0, 0, 0, [])
@@ -120,11 +129,24 @@ class Packed:
     def epoch(self, epoch: int) -> Iterator[Plan]:
         return (plan for plan, _ in self._walk_epoch(self._cursor(epoch, 0, 0, [])))
 
+    def refit(self, cursor: Cursor) -> Cursor:
+        """Each sample of an open row in a row of its own, sized anew: together they may not fit any more."""
+        if self.settings.packing.overflow != "never":
+            raise ValueError(
+                f"packing.overflow is {self.settings.packing.overflow!r}: of changed records nobody knows where the "
+                "open ones were cut; put the old file back, or start anew"
+            )
+        epoch = int(cursor["epoch"])
+        numbers = self.mixture.epoch(epoch)
+        places = [int(segment[0]) for row in cursor["open"] for segment in row]
+        return {**cursor, "open": [[list(self._sample(epoch, at, int(numbers[at])))] for at in places]}
+
     def _walk_epoch(self, cursor: Cursor) -> Generator[tuple[Plan, Cursor], None, Cursor]:
         """The rows of the rest of an epoch; the cursor where the next one begins."""
         epoch, window, read = (int(cursor[name]) for name in ("epoch", "window", "read"))
         numbers, packing = self.mixture.epoch(epoch), self.settings.packing
-        check_budget(self.mixture, numbers, self.counts()[numbers], self.settings, packing.overflow != "never")
+        if not self.tolerant:  # else the packer gives what fits no row a row of its own, to be rejected
+            check_budget(self.mixture, numbers, self.counts()[numbers], self.settings, packing.overflow != "never")
         packer = self._packer(epoch, numbers)
         packer.load(cursor["open"])
         taken = int(cursor["taken"])

@@ -131,9 +131,9 @@ def parse_line(line: bytes, root: str = "", source: str = "line") -> Record:
 
 
 def load_line(line: bytes, source: str = "line") -> dict[str, Any]:
-    """The JSON object of one line."""
+    """The JSON object of one line, which is UTF-8: of bytes, json would guess among five encodings, line by line."""
     try:
-        data = json.loads(line)
+        data = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise RecordError("json", f"{source}: not a JSON line ({error}); repair or remove it") from error
     if not isinstance(data, dict):

@@ -116,6 +116,9 @@ def _section(some: SetReport) -> str:
             _table(SPREAD, (_spread_row(name, values) for name, values in columns.items() if len(values))),
             _table(("finding", "records"), reasons) if some.reasons else "",
             f"<p>Fields that nothing reads: {_listed(some.ignored)}</p>" if some.ignored else "",
+            f"<p>Fields of the meta JSON that nothing reads: {escape(_named(some.meta_ignored))}</p>"
+            if some.meta_ignored
+            else "",
         )
     )
 
@@ -129,6 +132,10 @@ def over_length(some: SetReport) -> str:
 
 def _listed(counts: dict[str, int]) -> str:
     return escape(", ".join(f"{count:,} {name}" for name, count in sorted(counts.items())))
+
+
+def _named(fields: Sequence[str]) -> str:
+    return printable(", ".join(fields))
 
 
 def _findings(report: Report) -> str:
@@ -173,6 +180,8 @@ def tell(report: Report, console: Console, listed: int = 20) -> None:
         if some.ignored:
             fields = ", ".join(f"{name} ({count:,})" for name, count in sorted(some.ignored.items()))
             console.print(f"{some.name}: fields that nothing reads: {printable(fields)}")
+        if some.meta_ignored:
+            console.print(f"{some.name}: fields of the meta JSON that nothing reads: {_named(some.meta_ignored)}")
     _tell_findings(report, console, listed)
 
 

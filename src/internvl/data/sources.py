@@ -5,11 +5,13 @@ Reading in order, and telling damage by member, is shards.py's; here any record 
 
 from __future__ import annotations
 
+import codecs
+import hashlib
 import json
 import os
 import tarfile
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -20,6 +22,10 @@ from internvl.data.shards import MAX_MEMBER_BYTES, PICTURE_FIELDS
 
 RECORD_FIELDS = ("json", "jsonl")
 """Members of a tar that hold the record."""
+
+
+_READ_FOR_DIGEST = 64
+"""Records of a tar."""
 
 
 @runtime_checkable
@@ -33,6 +39,9 @@ class Records(Protocol):
 
     def source(self, position: int) -> str:
         """File and place, for messages."""
+
+    def digest(self) -> str:
+        """Another one where the file says something else; it may be moved and copied."""
 
 
 def open_records(path: str, root: str = "") -> Records:
@@ -51,6 +60,21 @@ class JsonLines:
 
     def __init__(self, path: str, root: str = "") -> None:
         self.path, self.root, self.lines = path, root, Lines(path)
+        self._check_form()
+
+    def _check_form(self) -> None:
+        """ValueError for a file that is no JSONL at all: told once, not for every line."""
+        first = self.lines.read(0)
+        if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and b"\0" in first:
+            said = "UTF-16; JSONL is UTF-8; convert it, such as by: iconv -f UTF-16 -t UTF-8"
+            raise RecordError("json", f"{self.path}: {said}")
+        start = first.removeprefix(codecs.BOM_UTF8).strip()
+        second = self.lines.read(1).strip() if len(self.lines) > 1 else b""
+        list_of_lines = start == b"[" and second.startswith(b"{") and not second.endswith(b"}")
+        spread_out = list_of_lines or (start == b"{" and second.startswith(b'"'))
+        if spread_out or (len(self.lines) == 1 and start.startswith(b"[") and start[1:].lstrip().startswith(b"{")):
+            said = "one JSON value over the whole file; JSONL has an object on each line"
+            raise RecordError("json", f"{self.path}: {said}; of a list they are written by: jq -c '.[]'")
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -60,6 +84,9 @@ class JsonLines:
 
     def source(self, position: int) -> str:
         return f"{self.path}:{self.lines.numbers[position]}"
+
+    def digest(self) -> str:
+        return self.lines.digest()
 
 
 class ParquetRecords:
@@ -101,6 +128,14 @@ class ParquetRecords:
 
     def source(self, position: int) -> str:
         return f"{self.path}: row {position + 1}"
+
+    def digest(self) -> str:
+        """Of the footer, which holds places, sizes and extremes of all columns, not of the rows."""
+        with open(self.path, "rb") as file:
+            file.seek(-8, os.SEEK_END)
+            length = int.from_bytes(file.read(4), "little")
+            file.seek(-8 - length, os.SEEK_END)
+            return _digest([str(file.tell()).encode(), file.read(length)])
 
     def _row(self, position: int) -> dict[str, Any]:
         """Row groups are what can be read alone; the last one stays."""
@@ -159,6 +194,12 @@ class TarRecords:
     def source(self, position: int) -> str:
         return f"{self.path}:{self._keys[position]}"
 
+    def digest(self) -> str:
+        """Of names, places and sizes of all members, and of some records: a changed word in another one is not seen."""
+        some = range(0, len(self), -(-len(self) // _READ_FOR_DIGEST))
+        texts = (m for position in some for m in self._members[position] if m.field in RECORD_FIELDS)
+        return _digest([repr((self._keys, self._members)).encode(), *(self._read(text, self.path) for text in texts)])
+
     def _read(self, member: _Member, source: str) -> bytes:
         if member.size > MAX_MEMBER_BYTES:
             raise ValueError(f"{source}: a member of {member.size} bytes; the limit is {MAX_MEMBER_BYTES}; split it")
@@ -194,6 +235,13 @@ def _members(path: str) -> tuple[list[str], list[tuple[_Member, ...]]]:
     if not keys:
         raise ValueError(f"{path}: no files in it; a data set needs at least one record")
     return keys, [tuple(members) for members in found]
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
 
 
 def _json(text: str | bytes, source: str) -> Any:

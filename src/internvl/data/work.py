@@ -84,8 +84,7 @@ class Work(Dataset[Made]):
     def _sample(self, number: int, rng: np.random.Generator) -> Sample:
         index, position = self.mixture.locate(number)
         sample = self.encoders[index].encode(self.mixture.sets[index].record(position), rng)
-        if self.settings.room is None:  # a row that is packed was planned to hold it, whole or in parts
-            check_sample(sample, self.settings)
+        check_sample(sample, self.settings)
         return sample
 
 
@@ -96,7 +95,7 @@ def is_first(part: Segment | None, learned: Bool[np.ndarray, " length"]) -> bool
 
 def check_sample(sample: Sample, settings: BatchSettings) -> None:
     """Refuse what no batch may hold."""
-    sizes = (("tokens", len(sample.input_ids), settings.tokens), ("tiles", sample.num_tiles, settings.tiles))
+    sizes = (("tokens", len(sample.input_ids), settings.longest), ("tiles", sample.num_tiles, settings.tiles))
     for noun, value, limit in sizes:
         if limit is not None and value > limit:
             said = f"{value} {noun}; a batch may have {limit}; raise it or lower max_tiles"

@@ -165,11 +165,13 @@ class Trainer:
         """One optimiser step over a window of micro-batches."""
         began = time.perf_counter()
         self.watchdog.begin(self.step + 1)
-        window = [feed.take() for _ in range(self.num_micro)]
-        names = "; ".join(item.names for item in window)
-        self.watchdog.note(names)
-        waited = time.perf_counter() - began
-        weights, num_tiles = spread.window_weights(window, self.step + 1)
+        weights: dict[str, float] = {}
+        while not weights:  # ranks go past steps of which every record was left out together
+            window = [feed.take() for _ in range(self.num_micro)]
+            names = "; ".join(item.names for item in window)
+            self.watchdog.note(names)
+            waited = time.perf_counter() - began
+            weights, num_tiles = spread.window_weights(window, self.step + 1)
         losses = {name: torch.zeros((), device=self.device) for name in weights}
         for item in window:
             self._backward(item, weights, losses)

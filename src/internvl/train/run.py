@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
+from internvl.data.packing import Packing
 from internvl.train.settings import PARTS, Data, Distill, Optimiser, Pairs, Part, Ranks, Schedule, Text, Tokens, Watch
 
 
@@ -70,7 +71,7 @@ RESUME_FREE = frozenset(
     ["out", "device", "log_every", "save_every", "eval_every", "keep", "max_minutes", "export", "data.workers"]
     + [f"data.{name}" for name in ("features", "features_folder", "held_out", "held_out_samples", "worst_first")]
     + ["distill.features", "distill.features_folder"]
-    + [f"data.{name}" for name in ("on_error", "max_rejected")]
+    + [f"data.{name}" for name in ("on_error", "max_rejected", "changed")]
     + [f"ranks.{f.name}" for f in fields(Ranks)]
     + [f"watch.{f.name}" for f in fields(Watch) if f.name != "ema"]
 )
@@ -89,6 +90,22 @@ def _check(run: RunConfig) -> None:
         raise ValueError(
             "schedule.over is 'time' counts warm-up as a share; set schedule.warmup_share, not warmup_steps"
         )
+    _check_signs(run)
+    _check_shares(run)
+    if run.data.packing != Packing() and not (run.data.packed and run.data.batch_tokens):
+        raise ValueError(
+            "data.packing is set, but rows are filled by it only with --data.packed and --data.batch-tokens: set both"
+        )
+    _check_watch(run)
+    for name in PARTS:
+        _check_part(run, name)
+    if run.connector.learn == "lora":
+        raise ValueError("connector.learn is 'lora'; the connector is small: use full or frozen")
+
+
+def _check_signs(run: RunConfig) -> None:
+    """Below 0, some of these would turn a gradient or a weight round in silence."""
+    schedule = run.schedule
     positive: dict[str, float | None] = {
         "accumulate": run.accumulate,
         "data.batch_samples": run.data.batch_samples,
@@ -102,17 +119,44 @@ def _check(run: RunConfig) -> None:
         "ranks.replicas": run.ranks.replicas,
         "watch.sample_tokens": run.watch.sample_tokens,
         "text.temperature": run.text.temperature,
+        "data.batch_tokens": run.data.batch_tokens,
+        "data.batch_tiles": run.data.batch_tiles,
+        "data.max_length": run.data.max_length,
+        "data.max_tiles": run.data.max_tiles,
+        "data.min_frames": run.data.min_frames,
+        "optimiser.eps": run.optimiser.eps,
     }
     for name, value in positive.items():
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             raise ValueError(f"{name} is {value}; it must be above 0")
+    least: dict[str, float | None] = {
+        "optimiser.clip": run.optimiser.clip,
+        "optimiser.weight_decay": run.optimiser.weight_decay,
+        "schedule.warmup_steps": schedule.warmup_steps,
+        "data.workers": run.data.workers,
+        "save_every": run.save_every,
+        "eval_every": run.eval_every,
+        "watch.step_limit_s": run.watch.step_limit_s,
+        "watch.samples": run.watch.samples,
+        "tokens.lr_scale": run.tokens.lr_scale,
+    }
+    for name, value in least.items():
+        if value is not None and not value >= 0:
+            raise ValueError(f"{name} is {value}; it must be at least 0")
+
+
+def _check_shares(run: RunConfig) -> None:
+    if not all(0 <= beta < 1 for beta in run.optimiser.betas):
+        raise ValueError(f"optimiser.betas are {run.optimiser.betas}; each lies in [0, 1), such as 0.9 and 0.999")
+    if not 0 <= run.schedule.warmup_share <= 1:
+        raise ValueError(f"schedule.warmup_share is {run.schedule.warmup_share}; it is a share of the steps, 0 to 1")
+    if run.data.min_frames > run.data.max_frames:
+        raise ValueError(
+            f"data.min_frames is {run.data.min_frames} and data.max_frames {run.data.max_frames}; lower the one or "
+            "raise the other"
+        )
     if not 0 <= run.data.max_rejected <= 1:
         raise ValueError(f"data.max_rejected is {run.data.max_rejected}; it is a share of the records, 0 to 1")
-    _check_watch(run)
-    for name in PARTS:
-        _check_part(run, name)
-    if run.connector.learn == "lora":
-        raise ValueError("connector.learn is 'lora'; the connector is small: use full or frozen")
 
 
 def _check_watch(run: RunConfig) -> None:
@@ -124,6 +168,13 @@ def _check_watch(run: RunConfig) -> None:
 
 def _check_part(run: RunConfig, name: str) -> None:
     part = run.part(name)
+    if not part.lr_scale >= 0:
+        raise ValueError(f"{name}.lr_scale is {part.lr_scale}; it must be at least 0")
+    if part.rank < 1:
+        raise ValueError(f"{name}.rank is {part.rank}; it must be at least 1")
+    for field, share in (("dropout", part.dropout), ("drop_path", part.drop_path or 0.0)):
+        if not 0 <= share < 1:
+            raise ValueError(f"{name}.{field} is {share}; it lies in [0, 1)")
     if name != "vision" and part.drop_path is not None:
         raise ValueError("drop_path is given for connector or language; only the vision part drops paths")
     if not 0 < part.layer_decay <= 1:

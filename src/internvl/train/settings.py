@@ -76,6 +76,10 @@ class Data:
     written to `quarantine.jsonl`, whole, with file, line and reason."""
     max_tiles: int | None = None
     """Tiles of one image before the thumbnail; the model's own number when not given."""
+    min_frames: int = 8
+    """Of a video at least; their number is drawn anew each time (official `min_num_frame`)."""
+    max_frames: int = 32
+    """Of a video at most (official `max_num_frame`); each is a tile."""
     template: str | None = None
     """Of the prompts of this run alone, such as plain; the model's own when not given, and that is what it keeps."""
     pad_to_square: bool | None = None
@@ -92,6 +96,8 @@ class Data:
     """How packed rows are filled, when `packed` and `batch_tokens` are set."""
     worst_first: bool = False
     """Run the largest micro-batch of the epoch once before training, and forget it: an out-of-memory shows at once."""
+    changed: Literal["error", "accept"] = "error"
+    """Files that say something else when a run goes on: refuse, or go on with what they say now (docs/train.md)."""
     max_rejected: float = 0.01
     """Largest share of records left out before the run ends: of an epoch, or of all given so far if that is more."""
 

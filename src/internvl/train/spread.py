@@ -54,10 +54,16 @@ def spread(learner: Learner, device: torch.device) -> tuple[Learner, shard.Whole
 
 
 def window_weights(window: Sequence[Item], step: int) -> tuple[dict[str, float], float]:
-    """Weight of each loss, and the number of tiles, over the micro-batches of all ranks in one step."""
+    """Weight of each loss, and the number of tiles, over the micro-batches of all ranks in one step.
+
+    No weights where every sample of every rank was left out; one process never sees such batches.
+    """
     own = {name: sum(item.weights[name] for item in window) for name in window[0].weights}
     tiles = float(sum(item.sizes["tiles"] for item in window))
-    *summed, num_tiles = collectives.total_on_host([*own.values(), tiles])
+    learned_from = float(any(item.names or item.sizes["samples"] for item in window))
+    *summed, num_tiles, num_ranks = collectives.total_on_host([*own.values(), tiles, learned_from])
+    if not num_ranks:
+        return {}, 0.0
     weights = dict(zip(own, summed, strict=True))
     for name, weight in weights.items():
         if weight <= 0:

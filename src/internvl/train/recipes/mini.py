@@ -19,8 +19,7 @@ from internvl.train.settings import Distill, Optimiser, Part, Schedule
 
 RELEASES = {"2b": "Mini-InternVL-Chat-2B-V1-5", "4b": "Mini-InternVL-Chat-4B-V1-5"}
 DOMAINS = {"drivelm": (15100, 1), "bdd": (240, 8), "rs": (2500, 8), "medical": (2200, 8)}
-"""Domain -> steps, and micro-batches of 8 GPUs in one (official shell/mini_internvl/domain_adaptation). How many
-Medical accumulates was not read: it is RS's."""
+"""Domain -> steps, and micro-batches of 8 GPUs in one (official shell/mini_internvl/domain_adaptation)."""
 _DECAY = {"2b": 0.01, "4b": 0.05}
 
 
@@ -89,14 +88,14 @@ def adapt(key: str) -> RunConfig:
     """Domain adaptation of InternVL2 1b, 2b or 4b: all parts, rate 1e-5, decay 0.01, drop path 0.1, packed rows.
 
     `key` is `bdd_2b` and the like. General data is mixed in at 1:4 (DriveLM) or 1:1 (BDD) of the domain's, by
-    `repeat_time` in the meta JSON. Source: paper Mini-InternVL, section 4; official
-    shell/mini_internvl/domain_adaptation (8 GPUs, steps as in DOMAINS).
+    `repeat_time` in the meta JSON. A sample has at most 8,192 positions, a row 16,384. Source: paper Mini-InternVL,
+    section 4; official shell/mini_internvl/domain_adaptation (8 GPUs, steps as in DOMAINS).
     """
     domain, size = key.split("_")
     steps, micro = DOMAINS[domain]
     run = packed(shared(f"mini_adapt_{key}", f"OpenGVLab/InternVL2-{size.upper()}"), 8 * micro)
     run = rates(learning(run, "vision connector language", drop_path=0.1), 1e-5, 0.01)
-    return replace(run, schedule=Schedule(steps=steps, warmup_share=0.03))
+    return replace(run, data=replace(run.data, max_length=8192), schedule=Schedule(steps=steps, warmup_share=0.03))
 
 
 _NAMES = {"drivelm": "Drivelm", "bdd": "BDD", "rs": "RS", "medical": "Medical"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,26 @@ def tiny_sft() -> RunConfig:
     )
 
 
-def prepare(run: RunConfig) -> None:
-    """The model folder and the records that `run` names, where they are missing."""
-    if not Path(run.model).is_dir() and run.model not in CHAT:
+def prepare(run: RunConfig, own: RunConfig | None = None) -> None:
+    """The model and the records of the recipe `own` (`tiny_sft`), where `run` names them and they are missing."""
+    own = own or tiny_sft()
+    if run.model == own.model and not Path(run.model).is_dir():
         write_model(Path(run.model))
-    for path, shift in ((run.data.meta, 0), (run.data.held_out, 7)):
-        if path and not Path(path).is_file():
-            write_records(Path(path), shift)
+    for path, is_held_out in missing(run, own):
+        write_records(path, 7 * is_held_out)
+
+
+def missing(run: RunConfig, own: RunConfig) -> Iterator[tuple[Path, bool]]:
+    """Files that a recipe makes for itself and are not there, and whether they are held out.
+
+    None at a path that somebody gave: what is spelled wrong there must be an error, not a run on something else.
+    """
+    for path, mine, is_held_out in (
+        (run.data.meta, own.data.meta, False),
+        (run.data.held_out, own.data.held_out, True),
+    ):
+        if path and path == mine and not Path(path).is_file():
+            yield Path(path), is_held_out
 
 
 def write_model(folder: Path, name: str = "tiny-llama", seed: int = 0) -> None:

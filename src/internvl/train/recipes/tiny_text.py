@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from internvl.train.recipes.tiny import COLOURS, byte_tokenizer
+from internvl.train.recipes.tiny import COLOURS, byte_tokenizer, missing
 from internvl.train.recipes.v1_0 import TINY, tiny_contrastive, write_tiny_model
 from internvl.train.run import RunConfig
 from internvl.train.settings import Data, Optimiser, Pairs, Part, Text
@@ -48,9 +48,8 @@ def prepare(run: RunConfig) -> None:
     earlier(run)
     if run.text.teacher == f"{TINY}/teacher" and not Path(run.text.teacher).is_dir():
         write_tiny_teacher(Path(run.text.teacher))
-    for path, word in ((run.data.meta, "beside"), (run.data.held_out, "under")):
-        if path and not Path(path).is_file():
-            write_tiny_texts(Path(path), word)
+    for path, is_held_out in missing(run, tiny_text()):
+        write_tiny_texts(path, "under" if is_held_out else "beside")
 
 
 def write_tiny_teacher(folder: Path, seed: int = 0) -> None:

@@ -11,7 +11,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from internvl.train.recipes.tiny import COLOURS, byte_tokenizer
+from internvl.train.recipes.tiny import COLOURS, byte_tokenizer, missing
 from internvl.train.run import RunConfig
 from internvl.train.settings import Data, Optimiser, Pairs, Part, Schedule
 
@@ -226,9 +226,8 @@ def prepare_tiny(run: RunConfig) -> None:
     if run.model == f"{TINY}/model" and not Path(run.model).is_dir():
         write_tiny_model(Path(run.model))
     earlier(run)
-    for path, change in ((run.data.meta, 0), (run.data.held_out, 9)):
-        if path and not Path(path).is_file():
-            write_tiny_pairs(Path(path), change)
+    for path, is_held_out in missing(run, tiny_contrastive()):
+        write_tiny_pairs(path, 9 * is_held_out)
 
 
 def write_tiny_model(folder: Path, seed: int = 0) -> None:

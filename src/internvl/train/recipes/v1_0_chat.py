@@ -129,7 +129,7 @@ def prepare_tiny(run: RunConfig) -> None:
     """The random model and the records of the tiny run, where they are missing."""
     if run.model == f"{TINY}/model" and not Path(run.model).is_dir():
         tiny.write_model(Path(run.model), "tiny-1.0-qllama", run.seed)
-    tiny.prepare(run)
+    tiny.prepare(run, tiny_chat_qllama())
 
 
 def prepare_pocket(run: RunConfig) -> None:

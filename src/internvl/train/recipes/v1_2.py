@@ -45,15 +45,15 @@ def plus(size: str = "") -> RunConfig:
 
 
 def finetune(size: str = "") -> RunConfig:
-    """Second fine-tuning in full: connector and language model, rate 1e-5, 2,048 positions, no drop path.
+    """Second fine-tuning of 1.2-Plus in full: connector and language model, rate 1e-5, 2,048 positions, no drop path.
 
     Source: official shell/internvl1.2/2nd_finetune/*_finetune_full.sh.
     """
-    return replace(second_full(sft(), 0.0), out="runs/v1_2_finetune", model="OpenGVLab/InternVL-Chat-V1-2")
+    return replace(second_full(sft(), 0.0), out="runs/v1_2_finetune", model="OpenGVLab/InternVL-Chat-V1-2-Plus")
 
 
 def finetune_lora(size: str = "") -> RunConfig:
-    """Second fine-tuning by LoRA 16 on the language model, rate 1e-5.
+    """Second fine-tuning of 1.2-Plus by LoRA 16 on the language model, rate 1e-5.
 
     Source: official shell/internvl1.2/2nd_finetune/*_finetune_lora.sh.
     """
@@ -64,6 +64,6 @@ FAMILIES = (
     Family("v1_2_pretrain", pretrain, RELEASE, {"": "InternViT-6B-448px-V1-0"}),
     Family("v1_2_sft", sft, RELEASE),
     Family("v1_2_plus", plus, PLUS),
-    Family("v1_2_finetune", finetune, RELEASE),
-    Family("v1_2_finetune_lora", finetune_lora, RELEASE),
+    Family("v1_2_finetune", finetune, PLUS),
+    Family("v1_2_finetune_lora", finetune_lora, PLUS),
 )
