@@ -102,6 +102,7 @@ def test_the_command_learns_scores_and_resumes(tmp_path: Path, monkeypatch: pyte
     assert "p3.png" in result["left_out"][0]["source"]
     assert any("crop_px: 56 here, 504 in the paper" in why for why in result["published"]["why_not"])
     assert Path("o/sheet.html").read_text().count("data:image/jpeg") == 3 * 3
+    assert Image.open("o/sheet.png").width > 0
     stamp = Path("o/segmenter.safetensors").stat().st_mtime_ns
     assert cli.main(words) == 3
     assert Path("o/segmenter.safetensors").stat().st_mtime_ns == stamp

@@ -224,7 +224,6 @@ def _result(
 
 def _leave(asked: Common, out: Path, results: Sequence[Result], outcomes: Sequence[Outcome]) -> int:
     """result.json, the sheet, the table; exit code 3 where something was left out."""
-    from internvl.data.sheet import write_sheet
     from internvl.evaluate import report
     from internvl.evaluate.dual_result import as_json, table
 
@@ -232,13 +231,8 @@ def _leave(asked: Common, out: Path, results: Sequence[Result], outcomes: Sequen
     facts = report.manifest(settings, {results[0].data: str(asked.data)}, {})
     content = {"results": [as_json(one, facts) for one in results]}
     report.write_json(out / "result.json", content)
-    sections = [
-        replace(section, title=f"{result.task}, {result.data}, {result.head}: {section.title}")
-        for result, outcome in zip(results, outcomes, strict=True)
-        for section in outcome.sections
-    ]
-    if asked.sheet and sections:
-        write_sheet(out / "sheet.html", f"{asked.model}: {results[0].task}", sections)
+    if asked.sheet:
+        _draw(asked, out, results, outcomes)
     broken = list(dict.fromkeys(problem for one in results for problem in one.left_out))
     if asked.json:
         sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
@@ -298,3 +292,17 @@ def _show(found: Mapping[str, Any]) -> None:
         for key, values in keys.items():
             said = ", ".join(f"{found['columns'].index(column) + 1}: {value}" for column, value in values.items())
             console.print(f"{task}, {data}: {key} differs ({said})")
+
+
+def _draw(asked: Common, out: Path, results: Sequence[Result], outcomes: Sequence[Outcome]) -> None:
+    """sheet.html; masks, which need no letters, as sheet.png too."""
+    from internvl.data.sheet import write_sheet
+
+    sections = [
+        replace(section, title=f"{result.task}, {result.data}, {result.head}: {section.title}")
+        for result, outcome in zip(results, outcomes, strict=True)
+        for section in outcome.sections
+    ]
+    for suffix in ("html", "png") if isinstance(asked, Segment) else ("html",):
+        if sections:
+            write_sheet(out / f"sheet.{suffix}", f"{asked.model}: {results[0].task}", sections)

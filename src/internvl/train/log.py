@@ -213,7 +213,7 @@ def draw_curve(metrics: Path, picture: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "), linewidth=1, markersize=4)
     axes.set_xlabel("step")
-    axes.set_ylabel("nats per learned token")
+    axes.set_ylabel("loss, nats")
     axes.grid(alpha=0.3)
     if lines:
         axes.legend()
