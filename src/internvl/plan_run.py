@@ -26,12 +26,12 @@ from internvl.generate.opening import is_dual_name
 from internvl.load import read_tokenizer
 from internvl.locate import locate
 from internvl.train import remedies
+from internvl.train.alive import Memory
 from internvl.train.outlook import ChatOutlook, Outlook
 from internvl.train.outlook_pairs import PairOutlook
 from internvl.train.outlook_pictures import AlignOutlook, DistillOutlook
 from internvl.train.outlook_texts import TextOutlook
 from internvl.train.recipes.tiny import byte_tokenizer
-from internvl.train.rehearse import Memory
 from internvl.train.run import RunConfig
 from internvl.train.trials import check_size
 from internvl.zoo import CHAT, DUAL, RELEASED

@@ -16,8 +16,8 @@ from internvl.data.dual_texts import CAPTION_PROMPT, TEXT_PREFIX, DualTokeniser
 from internvl.data.loader import BatchSize
 from internvl.tokens import IGNORE_INDEX
 from internvl.train import cost
+from internvl.train.alive import Memory
 from internvl.train.outlook_joint import JointOutlook, blank_texts
-from internvl.train.rehearse import Memory
 from internvl.train.rehearse_others import rehearse_pairs
 from internvl.train.run import RunConfig
 from internvl.train.stages.pairs import check, open_pairs
