@@ -28,7 +28,7 @@ from internvl.train.run import RunConfig
 from internvl.train.stages.align import Align
 from internvl.train.stages.contrastive import Contrastive
 from internvl.train.stages.distill import DistillStage, Tiles, projection
-from internvl.train.stages.generative import Generative
+from internvl.train.stages.generative import Generative, Retrieval
 from internvl.train.stages.pairs import PairStage
 from internvl.train.stages.text import TextStage, factors
 from internvl.train.students import Student
@@ -79,7 +79,9 @@ def _pairs(
 
 def unread(run: RunConfig, model: DualModel) -> PairStage:
     """The stage of a run on pairs, without pairs."""
-    return _Images(run, model) if run.stage == "contrastive" else _Queries(run, model)
+    if run.stage == "contrastive":
+        return _Images(run, model)
+    return _Both(run, model) if run.pairs.losses == "retrieval" else _Queries(run, model)
 
 
 class _Unread(PairStage):
@@ -106,6 +108,10 @@ class _Images(_Unread, Contrastive):
 
 class _Queries(_Unread, Generative):
     """Stage 2."""
+
+
+class _Both(_Unread, Retrieval):
+    """Fine-tuning for retrieval."""
 
 
 def rehearse_text(
