@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internvl.batch import TextBatch
-from internvl.config import ChatConfig
+from internvl.config import ChatConfig, DualConfig
 from internvl.plan_run import Subject, changes, open_outlook, subject
 from internvl.train.alive import Memory, Peak, Trace
 from internvl.train.cells import Cells
@@ -49,7 +49,8 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, int], bool]] = {
 
 
 def deep(name: str, depths: tuple[int, int]) -> ChatConfig:
-    return MEASURES.grown(shallow(CHAT[name], {"vision": depths[0], "language": depths[1]}))
+    config: ChatConfig = MEASURES.grown(shallow(CHAT[name], {"vision": depths[0], "language": depths[1]}))
+    return config
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -92,6 +93,7 @@ def test_few_blocks_of_a_dual_model(tmp_path: Path, name: str) -> None:
     v1_0.write_tiny_pairs(tmp_path / "pairs.jsonl")
     run = of_pairs(tmp_path, stage, **changes)
     about = subject(run)
+    assert isinstance(about.config, DualConfig)
     outlook = open_outlook(replace(about, config=shallow(about.config, {"vision": depths[0], "language": depths[1]})))
     assert isinstance(outlook, PairOutlook)
     batch = outlook.blank(outlook.parts[0])

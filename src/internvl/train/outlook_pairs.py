@@ -101,7 +101,10 @@ class PairOutlook(JointOutlook):
 
     def operations(self, part: Int[np.ndarray, "rows 3"]) -> float:
         settings, rows = self.loader.encoder.settings, len(part)
-        longest = [rows * int(longest) if form < self.forms else 0 for form, longest in enumerate(part.max(0))]
+        contrast, match, caption = (
+            rows * int(longest) if form < self.forms else 0 for form, longest in enumerate(part.max(0))
+        )
         learned = self.learned(part) if self.forms == 3 else 0
-        size = cost.PairSize(rows, settings.num_patches + 1, settings.num_kept + 1, *longest, learned)
+        shown = (settings.num_patches + 1, settings.num_kept + 1)
+        size = cost.PairSize(rows, *shown, contrast, match, caption, learned)
         return cost.pair_operations(self.run, self.config, size, rows)
