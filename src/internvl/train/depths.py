@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -66,9 +66,10 @@ def shallow(config: C, depths: Mapping[str, int]) -> C:
     if "language" in depths:
         kept = {k: v for k, v in language.settings.items() if k != "layer_types"}  # one for each layer, all alike
         language = replace(language, settings={**kept, "num_hidden_layers": depths["language"]})
+    beside: dict[str, Any] = {}
     if isinstance(config, ChatConfig) and config.queries is not None:
-        return replace(config, vision=vision, language=language, queries=replace(config.queries, vision=vision))
-    return replace(config, vision=vision, language=language)
+        beside["queries"] = replace(config.queries, vision=vision)
+    return replace(config, vision=vision, language=language, **beside)
 
 
 def named_blocks(stacks: Sequence[Stack], layers: Mapping[str, nn.ModuleList]) -> Blocks:
