@@ -60,12 +60,18 @@ def of_texts(inputs: Path, **changes: Any) -> RunConfig:
     return replace(tiny_text.tiny_text(), **{**base, "device": "cpu", "out": str(inputs / "run"), **changes})
 
 
+WHOLE = {"vision": Part("full"), "connector": Part("full"), "language": Part("full")}
 PAIR_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "contrastive": ("contrastive", {}),
     "masked, in pieces": ("contrastive", {"pairs": Pairs(micro_batch=4, mask_share=0.5)}),
     "frozen, bf16, recomputed": ("contrastive", {"vision": Part(), "precision": "bf16", "grad_checkpoint": True}),
     "generative": ("generative", {}),
     "hard, in pieces": ("generative", {"pairs": Pairs(negatives="hard", micro_batch=4)}),
+    "retrieval": ("generative", {**WHOLE, "pairs": Pairs(losses="retrieval")}),
+    "retrieval, hard, in pieces, bf16": (
+        "generative",
+        {**WHOLE, "precision": "bf16", "pairs": Pairs(losses="retrieval", negatives="hard", micro_batch=4)},
+    ),
 }
 
 
@@ -201,6 +207,25 @@ def test_the_worst_part_of_a_batch_is_planned(inputs: Path) -> None:
     assert [size.positions for size in outlook.sizes()] == seen
 
 
+def test_retrieval_is_planned_without_captions_and_by_clean_texts(inputs: Path) -> None:
+    lines = [json.loads(line) for line in (inputs / "pairs.jsonl").read_text().splitlines()]
+    loud = [line | {"caption": line["caption"] + " !" * 15} for line in lines]
+    (inputs / "loud.jsonl").write_text("".join(json.dumps(line) + "\n" for line in loud))
+    base = of_pairs(inputs, "generative", data=Data(meta=str(inputs / "loud.jsonl"), batch_samples=16), **WHOLE)
+    run = replace(base, pairs=Pairs(losses="retrieval"))
+    plan, other = plan_run(subject(run), 1, "cpu"), plan_run(subject(base), 1, "cpu")
+    stage: Any = open_stage(run)
+    batch = next(stage.batches())
+    outlook = open_outlook(subject(run))
+    assert isinstance(outlook, PairOutlook)
+    assert outlook.sizes()[0].tokens == int(batch.contrast.mask.sum() + batch.match.mask.sum())
+    assert plan.worst_learned == int(outlook.parts[0][:, 0].sum())
+    assert plan.tokens < other.tokens / 2
+    learner = stage.begin(run, torch.device("cpu"))
+    assert plan.memory.learned == sum(p.numel() for p in learner.parameters.values()) > 0
+    assert other.memory.learned != plan.memory.learned
+
+
 def test_pairs_are_shared_by_the_gpus(inputs: Path) -> None:
     about = subject(of_pairs(inputs))
     one, two = plan_run(about, 1, "cpu"), plan_run(about, 2, "cpu")
@@ -215,7 +240,7 @@ def test_pairs_are_shared_by_the_gpus(inputs: Path) -> None:
     assert found[0].price == "the same learning, one more forward pass"
 
 
-@pytest.mark.parametrize("name", ["contrastive", "masked, in pieces", "generative", "hard, in pieces"])
+@pytest.mark.parametrize("name", [name for name in PAIR_CASES if "recomputed" not in name])
 def test_operations_of_pairs_are_those_that_torch_counts(inputs: Path, name: str) -> None:
     stage_name, changes = PAIR_CASES[name]
     run = of_pairs(inputs, stage_name, **changes)
@@ -225,8 +250,9 @@ def test_operations_of_pairs_are_those_that_torch_counts(inputs: Path, name: str
     with FlopCounterMode(display=False) as counter:
         sum(stage.losses(batch).values()).backward()
     settings, whole = stage.loader.encoder.settings, stage_name == "generative"
-    others = (batch.match.ids.numel(), batch.caption.ids.numel()) if whole else (0, 0)
-    learned = int((batch.labels != -100).sum()) if whole else 0
+    captions = whole and run.pairs.losses == "all"
+    others = (batch.match.ids.numel() if whole else 0, batch.caption.ids.numel() if captions else 0)
+    learned = int((batch.labels != -100).sum()) if captions else 0
     shown = (settings.num_patches + 1, settings.num_kept + 1)
     size = cost.PairSize(16, *shown, batch.contrast.ids.numel(), *others, learned)
     assert cost.pair_operations(run, stage.model.config, size, 16) == pytest.approx(counter.get_total_flops(), rel=0.1)

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,12 @@ from internvl.generate.opening import is_dual_name
 from internvl.load import read_tokenizer
 from internvl.locate import locate
 from internvl.train import remedies
+from internvl.train.alive import Memory
 from internvl.train.outlook import ChatOutlook, Outlook
 from internvl.train.outlook_pairs import PairOutlook
 from internvl.train.outlook_pictures import AlignOutlook, DistillOutlook
 from internvl.train.outlook_texts import TextOutlook
 from internvl.train.recipes.tiny import byte_tokenizer
-from internvl.train.rehearse import Memory
 from internvl.train.run import RunConfig
 from internvl.train.trials import check_size
 from internvl.zoo import CHAT, DUAL, RELEASED
@@ -173,8 +173,11 @@ def plan_run(subject: Subject, gpus: int = 1, device: str = "cuda") -> RunPlan:
     )
 
 
-def changes(subject: Subject, limit: int, gpus: int = 1, device: str = "cuda", most: int = 3) -> list[Change]:
-    """The cheapest changes that make the worst step fit into `limit` bytes a device.
+def changes(
+    subject: Subject, limit: int, gpus: int = 1, device: str = "cuda", most: int = 3, memory: Memory | None = None
+) -> list[Change]:
+    """The cheapest changes that make the worst step fit into `limit` bytes a device; `memory` is that of the run as it
+    is, where it is known.
 
     First those that leave what is learned as it is, then those that do not, then two of them together, each as far as
     it goes.
@@ -188,19 +191,33 @@ def changes(subject: Subject, limit: int, gpus: int = 1, device: str = "cuda", m
         for second in strongest[place + 1 :]
     ]
     # neither smaller batches nor recomputing get below weights, moments and gradients
-    memory = _memory(subject, device, gpus)
+    memory = memory or _memory(subject, device, gpus)
     hopeless = (
         memory is None or replace(memory, peak=memory.floor, peak_gradients=memory.gradients).on_gpus(gpus) > limit
     )
+
+    @cache
+    def need(change: remedies.Transform) -> int | None:
+        """Bytes on the fullest device; None where no batch can be made."""
+        changed = _memory(replace(subject, run=change(subject.run)), device, gpus)
+        return None if changed is None else changed.on_gpus(gpus)
+
+    def is_vain(kind: str) -> bool:
+        """Whether a kind of change does not suffice by itself even as far as it goes."""
+        least = next((need(change) for words, _, change in strongest if remedies.kind(words) == kind), None)
+        return least is not None and least > limit
+
     settled: set[str] = set()
     tried: list[tuple[str, str, remedies.Transform]] = [*singles, *pairs]
     for words, price, change in tried:
         kinds = {remedies.kind(part) for part in words.split(", and ")}
         if len(found) >= most or kinds & settled or (hopeless and kinds <= remedies.PASSING):
             continue
-        changed = _memory(replace(subject, run=change(subject.run)), device, gpus)
-        if changed is not None and changed.on_gpus(gpus) <= limit:
-            found.append(Change(words, price, changed.on_gpus(gpus)))
+        if len(kinds) == 1 and is_vain(*kinds):
+            continue
+        bytes_needed = need(change)
+        if bytes_needed is not None and bytes_needed <= limit:
+            found.append(Change(words, price, bytes_needed))
             settled |= kinds if len(kinds) == 1 else set()
     return found
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,7 @@ from internvl.data.crop import RATIOS, random_box, random_crop, squash
 from internvl.data.dual_texts import CAPTION_PROMPT, TEXT_PREFIX, DualTokeniser, Row, pad
 from internvl.data.image_text import PairEncoder, PairSample, PairSettings, alike, parse_pair
 from internvl.data.mixture import read_sets
-from internvl.data.pair_loader import PairLoader
+from internvl.data.pair_loader import PairLoader, _Work
 from internvl.zoo import DUAL
 from tiny import tiny_tokenizer
 
@@ -203,7 +205,46 @@ def test_places_that_older_checkpoints_hold_mean_the_same(meta: Path) -> None:
     described = [(data.annotation, len(data.lines), data.repeat) for data in batches.sets]
     settings = (7, True, False, batches.encoder.settings)
     expected = hashlib.sha256(repr((described, settings)).encode()).hexdigest()[:16]
-    assert batches.state_dict() == {"entry": 12, "fingerprint": expected}
+    state = batches.state_dict()
+    assert state.pop("contents").keys() == {data.annotation for data in batches.sets}
+    assert state == {"entry": 12, "fingerprint": expected}
+    other = loader(meta, seed=7)
+    other.load_state_dict(state)  # says nothing about contents
+    assert other.state_dict() == batches.state_dict()
+
+
+def test_changed_pairs_are_refused_or_gone_on_with(meta: Path, tmp_path: Path) -> None:
+    meta = Path(shutil.copytree(meta.parent, tmp_path / "own")) / meta.name
+    batches = loader(meta)
+    take(batches, 2)
+    state = json.loads(json.dumps(batches.state_dict()))
+    path = Path(batches.sets[0].annotation)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join([*lines[1:], lines[0]]), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"{path.name} changed since; put the old file back, .* data\.changed to acc"):
+        loader(meta).load_state_dict(state)
+    accepting = loader(meta, changed="accept")
+    with pytest.warns(UserWarning, match=rf"{path.name} changed since; going on with what it says now"):
+        accepting.load_state_dict(state)
+    assert accepting.state_dict()["entry"] == 8
+    loader(meta).load_state_dict(accepting.state_dict())
+    path.write_text("".join([*lines, lines[0]]), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"other data or settings .*{path.name} changed since"):
+        loader(meta, changed="accept").load_state_dict(state)
+
+
+def test_workers_pass_over_what_they_inherit(meta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inherited, made = len(gc.get_objects()), _Work.__getitem__
+
+    def counting(work: _Work, entries: Any) -> Any:
+        found = made(work, entries)
+        return found._replace(num_cut=gc.get_freeze_count())
+
+    monkeypatch.setattr(_Work, "__getitem__", counting)
+    batches = loader(meta, workers=1)
+    take(batches, 1)
+    assert batches.num_cut > 0.9 * inherited
+    assert gc.get_freeze_count() < 0.1 * inherited
 
 
 def test_ranks_share_the_joint_batch(meta: Path) -> None:

@@ -117,7 +117,28 @@ def test_places_that_older_checkpoints_hold_mean_the_same(tmp_path: Path) -> Non
     tuple(islice(texts, 2))
     described = [(str(tmp_path / "texts.jsonl"), 6, 1.0)]
     expected = hashlib.sha256(repr((described, 7, True)).encode()).hexdigest()[:16]
-    assert texts.state_dict() == {"epoch": 1, "place": 4, "fingerprint": expected}
+    state = texts.state_dict()
+    assert state.pop("contents").keys() == {str(tmp_path / "texts.jsonl")}
+    assert state == {"epoch": 1, "place": 4, "fingerprint": expected}
+    other = loader(tmp_path, samples=5, seed=7)
+    other.load_state_dict(state)  # says nothing about contents
+    assert other.state_dict() == texts.state_dict()
+
+
+def test_changed_texts_are_refused_or_gone_on_with(tmp_path: Path) -> None:
+    """Fewer lines can be used now than the place has behind it: the next epoch begins."""
+    texts = loader(tmp_path, samples=5)
+    next(iter(texts))
+    state = json.loads(json.dumps(texts.state_dict()))
+    assert (state["epoch"], state["place"]) == (0, 5)
+    lost: list[dict[str, Any]] = [{**line, "caption": ""} for line in LINES[:4]] + LINES[4:]
+    with pytest.raises(ValueError, match=r"texts\.jsonl changed since; put the old file back"):
+        loader(tmp_path, lost, samples=5, on_error="skip").load_state_dict(state)
+    accepting = loader(tmp_path, lost, samples=5, on_error="skip", changed="accept")
+    with pytest.warns(UserWarning, match=r"texts\.jsonl changed since; going on"):
+        accepting.load_state_dict(state)
+    assert len(next(iter(accepting)).sources) == 5
+    assert accepting.state_dict()["epoch"] == 3  # two, two and one of two
 
 
 def test_ranks_share_the_joint_batch(tmp_path: Path) -> None:

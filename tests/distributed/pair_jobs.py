@@ -18,17 +18,21 @@ from internvl.train.stages import open_stage
 
 __all__ = ["copy", "inputs", "refused", "run_all", "run_copies"]
 
-KINDS = ("contrastive", "generative", "text")
+KINDS = ("contrastive", "generative", "retrieval", "text")
 
 
 def configured(folder: Path, out: Path, kind: str) -> RunConfig:
     """Gradient caching with a last piece that is smaller; stage 2 with hard negatives, in pieces and with a ViT that
-    learns, so that gradients of pictures cross the ranks; a pair that cannot be used; texts, in two micro-batches."""
+    learns, so that gradients of pictures cross the ranks; retrieval, of which all learns; a pair that cannot be used;
+    texts, in two micro-batches."""
     run = contrastive(folder, out, pairs=Pairs(micro_batch=3, mask_share=0.5, max_scale=14.4))
     held_out = "held_out.jsonl"
     if kind == "generative":
         pairs = Pairs(area=(1.0, 1.0), negatives="hard", micro_batch=3)
         run = generative(folder, out, pairs=pairs, vision=Part("full", layers_from=-1))
+    if kind == "retrieval":
+        parts = {"vision": Part("full"), "connector": Part("full"), "language": Part("full")}
+        run = generative(folder, out, pairs=Pairs(negatives="hard", micro_batch=3, losses="retrieval"), **parts)
     if kind == "text":
         run = replace(run, stage="text", vision=Part(), pairs=Pairs(), text=Text(str(folder / "teacher")), accumulate=2)
         run = replace(run, data=replace(run.data, meta=str(folder / "texts.jsonl")))

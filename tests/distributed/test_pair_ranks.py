@@ -11,7 +11,7 @@ from test_ranks import close, saved
 
 from internvl.train.log import read_metrics
 
-KINDS = ("contrastive", "generative", "text")
+KINDS = ("contrastive", "generative", "retrieval", "text")
 COPIES = tuple((kind, *sizes) for kind in KINDS for sizes in ((1, 2), (2, 1)))
 FIELDS = ("loss", "grad_norm", "loss_neighbours", "held_out_loss", "held_out_itm", "held_out_itc", "held_out_cosine")
 
@@ -37,7 +37,7 @@ def test_sharded_equals_single(folder: Path, kind: str) -> None:
     close(saved(one), saved(two))
 
 
-@pytest.mark.parametrize("kind", ["contrastive", "generative"])
+@pytest.mark.parametrize("kind", ["contrastive", "generative", "retrieval"])
 def test_the_scale_learns_and_has_no_dimension_on_disk(folder: Path, kind: str) -> None:
     one, two = folder / f"{kind}-1", folder / f"{kind}-2"
     scale = saved(two)["logit_scale"]

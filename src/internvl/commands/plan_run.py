@@ -35,7 +35,7 @@ def main(options: Options) -> int:
     fits = None if limit is None else need <= limit
     remedies: list[Change] = []
     if limit is not None and not fits:
-        remedies = changes(about, limit, options.gpus, device)
+        remedies = changes(about, limit, options.gpus, device, memory=plan.memory)
         more = more_gpus(plan.memory, limit, options.gpus)
         remedies += [more] if more is not None else []
     found = as_json(options, about, plan, rate) | {"fits": fits, "changes": [asdict(change) for change in remedies]}

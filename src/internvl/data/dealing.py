@@ -8,7 +8,7 @@ pair_loader.py's and translations.py's.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -56,7 +56,7 @@ class Epochs:
             taken = order[place : place + count - len(entries)].tolist()
             entries += [Entry(epoch, place + n, number) for n, number in enumerate(taken)]
             place += len(taken)
-            if place == len(order):
+            if place >= len(order):  # beyond it where fewer records of changed files are dealt
                 epoch, place = epoch + 1, 0
         return entries, epoch, place
 
@@ -82,12 +82,3 @@ def fingerprint(sets: Sequence[DataSet], *settings: Any) -> str:
     """Of what decides the order: a place means nothing in another one."""
     described = [(data.annotation, len(data.lines), data.repeat) for data in sets]
     return hashlib.sha256(repr((described, *settings)).encode()).hexdigest()[:16]
-
-
-def check_state(state: Mapping[str, Any], expected: str, what: str) -> None:
-    """ValueError where a loader's state was taken with another fingerprint."""
-    if state["fingerprint"] != expected:
-        raise ValueError(
-            f"the state is of other data or settings ({state['fingerprint']}, here {expected}); resume with the same "
-            f"{what}, or start anew"
-        )

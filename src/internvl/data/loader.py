@@ -6,9 +6,7 @@ the epoch and the place in the epoch, so the number of workers changes nothing.
 
 from __future__ import annotations
 
-import gc
 import hashlib
-import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,9 +23,10 @@ from torch.utils.data import DataLoader
 from internvl.batch import ChatBatch, Company
 from internvl.data.batching import BatchSettings
 from internvl.data.collate import collate_nothing
+from internvl.data.contents import Changed, check_state, contents
 from internvl.data.encode import Encoder
 from internvl.data.ledger import Ledger, Quarantine
-from internvl.data.measure import measure, unchanged
+from internvl.data.measure import measure, started, unchanged
 from internvl.data.media import FrameSettings
 from internvl.data.mixture import DataSet, Mixture
 from internvl.data.plans import Cursor, Packed, Plain, Plan, Plans
@@ -67,8 +66,7 @@ class Loader:
     """Largest share of records left out before the run ends: of an epoch, or of all given so far if that is more."""
     quarantine: Path | None = None
     """The file of `on_error="quarantine"`."""
-    changed: Literal["error", "accept"] = "error"
-    """Files that say something else than when a state was taken: refuse the state, or go on with what they say now."""
+    changed: Changed = "error"
     skipped: dict[str, str] = field(default_factory=dict, init=False)
     """File and line of what was left out, and why."""
     ledger: Ledger = field(default_factory=Ledger, init=False)
@@ -148,23 +146,11 @@ class Loader:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to the place of a state; data and settings must be those it was taken with, ranks and workers need not."""
-        said = state.get("contents", self._contents)
-        unlike = [path for path, digest in self._contents.items() if said.get(path) != digest]
-        named = f"; {_few(unlike)} changed since" if unlike else ""
-        if state["fingerprint"] != self._fingerprint:
-            raise ValueError(
-                f"the state is of other data or settings ({state['fingerprint']}, here {self._fingerprint}{named}); "
-                "resume with the same sets, seed, batch settings, max_length and tiles, or start anew"
-            )
-        if unlike and self.changed == "error":
-            raise ValueError(
-                f"the state is of other records: {_few(unlike)} changed since; put the old file back, start anew, or "
-                "set data.changed to accept to go on with what it says now"
-            )
+        what = "sets, seed, batch settings, max_length and tiles"
+        unlike = check_state(state, self._fingerprint, self._contents, self.changed, what)
         own = ("fingerprint", "contents", "counts")
         self._cursor = {name: value for name, value in state.items() if name not in own}
         if unlike:
-            warnings.warn(f"{_few(unlike)} changed since; going on with what it says now", stacklevel=2)
             self._cursor = self._plans.refit(self._cursor)
         self.ledger, self._resumed = Ledger.of(state.get("counts", {})), True
 
@@ -183,8 +169,7 @@ class Loader:
 
     @cached_property
     def _contents(self) -> dict[str, str]:
-        """What each file says, in short."""
-        return {data.annotation: data.records.digest() for data in self.sets}
+        return contents(self.sets)
 
     # plans
 
@@ -269,13 +254,7 @@ class Loader:
             multiprocessing_context="fork",
             generator=torch.Generator(),  # else the number of workers moves what dropout draws
         )
-        # A full collection of garbage in a worker would write to every object that it inherits, and so copy all of
-        # them: 84 MB a worker with torch and transformers loaded. Frozen ones are passed over.
-        gc.freeze()
-        try:
-            return iter(loader)  # forks here
-        finally:
-            gc.unfreeze()
+        return started(loader)
 
 
 def encoder_of(encoder: Encoder, data: DataSet) -> Encoder:
@@ -289,10 +268,6 @@ def _company(plans: Sequence[Plan]) -> Company:
         return Company()
     tokens, tiles = [plan.tokens for plan in plans], [plan.tiles for plan in plans]
     return Company(len(plans), sum(tokens), sum(tiles), max(tokens), max(tiles))
-
-
-def _few(paths: Sequence[str]) -> str:
-    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 def _sentence(source: str, message: str) -> str:

@@ -16,9 +16,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from internvl.batch import PairBatch
-from internvl.data.dealing import Entry, Epochs, Numbers, check_state, fingerprint, part_of
+from internvl.data.contents import Changed, check_state, contents
+from internvl.data.dealing import Entry, Epochs, Numbers, fingerprint, part_of
 from internvl.data.image_text import Pair, PairEncoder, PairSample, collate_pairs, parse_pair
-from internvl.data.measure import unchanged
+from internvl.data.measure import started, unchanged
 from internvl.data.mixture import DataSet, Mixture
 
 MAX_DRAWS = 100
@@ -119,6 +120,7 @@ class PairLoader:
     on_error: Literal["error", "skip"] = "error"
     rank: int = 0
     ranks: int = 1
+    changed: Changed = "error"
     known: Callable[[bytes], bool] | None = None
     """Says whether the features of a picture are kept; its pixels are then left out."""
     skipped: dict[str, str] = field(default_factory=dict, init=False)
@@ -166,16 +168,21 @@ class PairLoader:
         return -(-self.num_pairs // self.samples)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"entry": self._entry, "fingerprint": self._fingerprint}
+        return {"entry": self._entry, "fingerprint": self._fingerprint, "contents": self._contents}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to the place of a state; data and settings must be those it was taken with."""
-        check_state(state, self._fingerprint, "sets, seed, picture size, crop and masking")
+        what = "sets, seed, picture size, crop and masking"
+        check_state(state, self._fingerprint, self._contents, self.changed, what)
         self._entry = int(state["entry"])
 
     @cached_property
     def _fingerprint(self) -> str:
         return fingerprint(self.sets, (self.seed, self.shuffle, self.negatives, self.encoder.settings))
+
+    @cached_property
+    def _contents(self) -> dict[str, str]:
+        return contents(self.sets)
 
     def _make(self, plans: Iterator[list[Entry]]) -> Iterator[PairBatch]:
         for made in self._run(plans):
@@ -189,7 +196,7 @@ class PairLoader:
         work = _Work(self._mixture, self.encoder, self.negatives, self.on_error == "skip", self.known)
         if not self.workers:
             return (work[plan] for plan in plans)
-        return iter(
+        return started(
             DataLoader(
                 work,
                 batch_size=None,

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Int
 
 from internvl.batch import TextBatch
-from internvl.data.dealing import Entry, Epochs, Numbers, check_state, fingerprint, part_of
+from internvl.data.contents import Changed, check_state, contents
+from internvl.data.dealing import Entry, Epochs, Numbers, fingerprint, part_of
 from internvl.data.dual_texts import TEXT_PREFIX, DualTokeniser, pad
 from internvl.data.image_text import Pair, parse_pair
 from internvl.data.mixture import DataSet, Mixture
@@ -38,6 +39,7 @@ class TextLoader:
     on_error: Literal["error", "skip"] = "error"
     rank: int = 0
     ranks: int = 1
+    changed: Changed = "error"
     english: list[str] = field(default_factory=list, init=False)
     """Every English text that is meant, once."""
     skipped: dict[str, str] = field(default_factory=dict, init=False)
@@ -76,16 +78,21 @@ class TextLoader:
         return -(-len(self._epochs) // self.samples)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self._epoch, "place": self._place, "fingerprint": self._fingerprint}
+        own = {"fingerprint": self._fingerprint, "contents": self._contents}
+        return {"epoch": self._epoch, "place": self._place, **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to the place of a state; data and settings must be those it was taken with."""
-        check_state(state, self._fingerprint, "sets and seed")
+        check_state(state, self._fingerprint, self._contents, self.changed, "sets and seed")
         self._epoch, self._place = int(state["epoch"]), int(state["place"])
 
     @cached_property
     def _fingerprint(self) -> str:
         return fingerprint(self.sets, self.seed, self.shuffle)
+
+    @cached_property
+    def _contents(self) -> dict[str, str]:
+        return contents(self.sets)
 
     def _read(self, number: int) -> Pair | None:
         index, position = self._mixture.locate(number)

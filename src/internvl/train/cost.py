@@ -98,20 +98,20 @@ def pair_operations(run: RunConfig, config: DualConfig, size: PairSize, rows: in
 
     looks = run.data.features == "none"
     found = looks * vision_operations(run, config.vision, size.pairs, size.embedded, size.seen)
-    if run.stage == "contrastive":
-        found += (
-            looks
-            * recomputed
-            * (run.vision.learn != "frozen")
-            * forward_operations(config.vision, size.pairs, size.seen)
-        )
+    again = looks and recomputed and run.vision.learn != "frozen"
+    found += again * forward_operations(config.vision, size.pairs, size.seen)
+    retrieval = run.pairs.losses == "retrieval"
+    if run.stage == "contrastive" or retrieval:
         pooled = 2 * size.pairs * config.vision.width * (2 * size.seen * config.vision.width)
-        return found + pooled * (3 + recomputed) + read(size.contrast, learns)
+        found += pooled * (3 + recomputed)
+    found += read(size.contrast, learns)
+    if run.stage == "contrastive":
+        return found
     queries = config.num_queries * size.pairs
-    hard = run.pairs.negatives == "hard"
-    match_rows = (3 if hard else 1) * size.pairs
-    found += read(size.contrast, learns) + read(queries, True) * (1 + recomputed) + read(size.caption, True)
-    found += read((3 if hard else 1) * size.match + config.num_queries * match_rows, True)
+    times = 3 if run.pairs.negatives == "hard" else 2 if retrieval else 1
+    match_rows = times * size.pairs
+    found += read(queries, True) * (1 + (recomputed and not retrieval)) + read(size.caption, True)
+    found += read(times * size.match + config.num_queries * match_rows, True)
     inner = language.heads * language.head_width
     asked = config.num_queries * (match_rows + size.pairs)
     shown = size.pairs + (match_rows if recomputed else size.pairs)

@@ -18,8 +18,8 @@ from internvl.batch import Texts
 from internvl.config import DualConfig
 from internvl.data.dealing import part_of
 from internvl.data.loader import BatchSize
+from internvl.train.alive import Memory
 from internvl.train.outlook import Worst
-from internvl.train.rehearse import Memory
 from internvl.train.run import RunConfig
 from internvl.train.trials import Trial, middling
 

@@ -12,12 +12,13 @@ from jaxtyping import Int
 
 from internvl.batch import PairBatch
 from internvl.config import DualConfig
+from internvl.data.captions import clean_caption
 from internvl.data.dual_texts import CAPTION_PROMPT, TEXT_PREFIX, DualTokeniser
 from internvl.data.loader import BatchSize
 from internvl.tokens import IGNORE_INDEX
 from internvl.train import cost
+from internvl.train.alive import Memory
 from internvl.train.outlook_joint import JointOutlook, blank_texts
-from internvl.train.rehearse import Memory
 from internvl.train.rehearse_others import rehearse_pairs
 from internvl.train.run import RunConfig
 from internvl.train.stages.pairs import check, open_pairs
@@ -25,11 +26,14 @@ from internvl.train.trials import Trial, try_pairs
 
 
 class PairOutlook(JointOutlook):
-    """Three forms of a text: to embed, to match, as captions."""
+    """Three forms of a text: to embed, to match, as captions; `forms` of them are read."""
 
     def __init__(self, run: RunConfig, config: DualConfig, tokenizer: Any, gpus: int = 1) -> None:
         check(run)
         generative = run.stage == "generative"
+        self.clean = generative and run.pairs.losses == "retrieval"
+        """Captions are read after the clean-up; as captions they are not."""
+        self.forms = 1 if not generative else 2 if self.clean else 3
         self.words = DualTokeniser(tokenizer, config.language)
         self.loader = open_pairs(run, config, self.words, "all" if generative else "contrast")
         self.side = self.loader.encoder.settings.side
@@ -46,9 +50,8 @@ class PairOutlook(JointOutlook):
             except ValueError:  # its own turn tells it
                 found.append([1, 1, 1])
                 continue
-            whole = max((TEXT_PREFIX + text for text in texts), key=len)
-            plain = whole.removeprefix(TEXT_PREFIX)
-            rows = (self.words.row(whole), self.words.row(plain), self.words.caption(plain)[0])
+            plain = max((clean_caption(text) if self.clean else text for text in texts), key=len)
+            rows = (self.words.row(TEXT_PREFIX + plain), self.words.row(plain), self.words.caption(plain)[0])
             found.append([len(row.ids) for row in rows])
         return np.array(found)
 
@@ -90,16 +93,18 @@ class PairOutlook(JointOutlook):
         return len(self.words.row(CAPTION_PROMPT, end=False).ids) - 1
 
     def learned(self, part: Int[np.ndarray, "rows 3"]) -> int:
-        return int((part[:, 2] - self._prompt).sum()) if self.run.stage == "generative" else int(part[:, 0].sum())
+        return int((part[:, 2] - self._prompt).sum()) if self.forms == 3 else int(part[:, 0].sum())
 
     def size(self, part: Int[np.ndarray, "rows 3"]) -> BatchSize:
-        used = part if self.run.stage == "generative" else part[:, :1]
+        used = part[:, : self.forms]
         return BatchSize(len(part), int(used.sum()), len(part) * int(used.max(0).sum()), 0, len(part))
 
     def operations(self, part: Int[np.ndarray, "rows 3"]) -> float:
         settings, rows = self.loader.encoder.settings, len(part)
-        contrast, match, caption = (rows * int(longest) for longest in part.max(0))
-        size = cost.PairSize(
-            rows, settings.num_patches + 1, settings.num_kept + 1, contrast, match, caption, self.learned(part)
+        contrast, match, caption = (
+            rows * int(longest) if form < self.forms else 0 for form, longest in enumerate(part.max(0))
         )
+        learned = self.learned(part) if self.forms == 3 else 0
+        shown = (settings.num_patches + 1, settings.num_kept + 1)
+        size = cost.PairSize(rows, *shown, contrast, match, caption, learned)
         return cost.pair_operations(self.run, self.config, size, rows)

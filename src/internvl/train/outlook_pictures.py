@@ -19,9 +19,9 @@ from internvl.data.mixture import read_sets
 from internvl.data.tiling import count_tiles
 from internvl.models.build import build
 from internvl.train import cost
+from internvl.train.alive import Memory
 from internvl.train.cells import Cells, cells_under
 from internvl.train.outlook import Worst
-from internvl.train.rehearse import Memory
 from internvl.train.rehearse_others import rehearse_align, rehearse_distill
 from internvl.train.run import RunConfig
 from internvl.train.stages.align import BACKGROUND_TOKENS, Align

@@ -15,9 +15,9 @@ from internvl.config import DualConfig
 from internvl.data.dual_texts import DualTokeniser
 from internvl.data.loader import BatchSize
 from internvl.train import cost
+from internvl.train.alive import Memory
 from internvl.train.outlook_joint import JointOutlook, blank_texts
 from internvl.train.pieces import padded_positions
-from internvl.train.rehearse import Memory
 from internvl.train.rehearse_others import rehearse_text
 from internvl.train.run import RunConfig
 from internvl.train.stages.text import check, open_texts

@@ -6,6 +6,7 @@ stages without data that stand here also run for real, for their time (trials.py
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,13 +20,15 @@ from internvl.models.build import build, build_dual
 from internvl.models.contrastive import DualModel
 from internvl.models.internvit import InternViT
 from internvl.train import trainable
+from internvl.train.alive import Memory, Trace, trace
 from internvl.train.cells import Cells
-from internvl.train.rehearse import Blank, Kept, Memory, alive, largest, learned_of, plain
+from internvl.train.depths import Stack, deepen, named_blocks, shallow
+from internvl.train.rehearse import Blank, Kept, chat_layers, chat_stacks, largest, learned_of, plain, stacks_of
 from internvl.train.run import RunConfig
 from internvl.train.stages.align import Align
 from internvl.train.stages.contrastive import Contrastive
 from internvl.train.stages.distill import DistillStage, Tiles, projection
-from internvl.train.stages.generative import Generative
+from internvl.train.stages.generative import Generative, Retrieval
 from internvl.train.stages.pairs import PairStage
 from internvl.train.stages.text import TextStage, factors
 from internvl.train.students import Student
@@ -33,8 +36,26 @@ from internvl.train.teachers import Teacher, last_states, pool_grid
 from internvl.train.weightless import Numbers, weightless
 
 
-def rehearse_pairs(run: RunConfig, config: DualConfig, batch: PairBatch, side: int, device: str = "cuda") -> Memory:
+def rehearse_pairs(
+    run: RunConfig, config: DualConfig, batch: PairBatch, side: int, device: str = "cuda", whole: bool = False
+) -> Memory:
     """Memory of a step over one rank's part of a batch; `batch` needs no pixels, they are `side` px wide."""
+    stacks = [] if whole else dual_stacks(run, config)
+    return deepen(stacks, lambda depths: _pairs(run, shallow(config, depths), batch, side, device, stacks)).memory
+
+
+def dual_stacks(run: RunConfig, config: DualConfig) -> list[Stack]:
+    """Of a dual model; some of QLLaMA's blocks look at the picture."""
+    return stacks_of(run, config, period=config.cross_every if config.generative else 1)
+
+
+def _layers(model: DualModel) -> dict[str, nn.ModuleList]:
+    return {"vision": model.vision.layers, "language": model.qllama.layers}
+
+
+def _pairs(
+    run: RunConfig, config: DualConfig, batch: PairBatch, side: int, device: str, stacks: Sequence[Stack]
+) -> Trace:
     model = build_dual(config, device="meta")
     stage = unread(run, model)
     learner = stage.begin(replace(run, compile=False), torch.device("meta"))
@@ -43,7 +64,7 @@ def rehearse_pairs(run: RunConfig, config: DualConfig, batch: PairBatch, side: i
         replace(learner, parameters=learned).train_mode()
         whole = replace(batch, pixels=torch.empty(batch.num_pairs, 3, side, side, dtype=torch.uint8))
         with Numbers():
-            return alive(
+            return trace(
                 run,
                 list(learned.values()),
                 [*model.parameters(), *model.buffers()],
@@ -52,12 +73,15 @@ def rehearse_pairs(run: RunConfig, config: DualConfig, batch: PairBatch, side: i
                 vocab_size=config.language.vocab_size,
                 largest_unit=largest(model, model.qllama.embed_tokens),
                 device=device,
+                blocks=named_blocks(stacks, _layers(model)),
             )
 
 
 def unread(run: RunConfig, model: DualModel) -> PairStage:
     """The stage of a run on pairs, without pairs."""
-    return _Images(run, model) if run.stage == "contrastive" else _Queries(run, model)
+    if run.stage == "contrastive":
+        return _Images(run, model)
+    return _Both(run, model) if run.pairs.losses == "retrieval" else _Queries(run, model)
 
 
 class _Unread(PairStage):
@@ -86,13 +110,24 @@ class _Queries(_Unread, Generative):
     """Stage 2."""
 
 
+class _Both(_Unread, Retrieval):
+    """Fine-tuning for retrieval."""
+
+
 def rehearse_text(
-    run: RunConfig, config: DualConfig, batch: TextBatch, num_english: int, device: str = "cuda"
+    run: RunConfig, config: DualConfig, batch: TextBatch, num_english: int, device: str = "cuda", whole: bool = False
 ) -> Memory:
     """Memory of a step of stage text over one rank's part of a batch, beside what is known of so many English texts.
 
     The teacher spoke before, and lies on the host.
     """
+    stacks = [] if whole else dual_stacks(run, config)
+    return deepen(stacks, lambda depths: _text(run, shallow(config, depths), batch, num_english, device, stacks)).memory
+
+
+def _text(
+    run: RunConfig, config: DualConfig, batch: TextBatch, num_english: int, device: str, stacks: Sequence[Stack]
+) -> Trace:
     model = build_dual(config, device="meta")
     stage = Unheard(run, model)
     learner = stage.begin(replace(run, compile=False), torch.device("meta"))
@@ -101,7 +136,7 @@ def rehearse_text(
         replace(learner, parameters=learned).train_mode()
         stage.targets = torch.zeros(num_english, config.embed_width, dtype=torch.float16)
         with Numbers():
-            return alive(
+            return trace(
                 run,
                 list(learned.values()),
                 [*model.parameters(), *model.buffers(), stage.targets],
@@ -110,6 +145,7 @@ def rehearse_text(
                 vocab_size=config.language.vocab_size,
                 largest_unit=largest(model, model.qllama.embed_tokens),
                 device=device,
+                blocks=named_blocks(stacks, _layers(model)),
             )
 
 
@@ -123,8 +159,17 @@ class Unheard(TextStage):
         """Whoever makes it gives it targets."""
 
 
-def rehearse_align(run: RunConfig, config: ChatConfig, batch: Cells, num_words: int, device: str = "cuda") -> Memory:
+def rehearse_align(
+    run: RunConfig, config: ChatConfig, batch: Cells, num_words: int, device: str = "cuda", whole: bool = False
+) -> Memory:
     """Memory of a step of the align stage; the language model lies beside it and does not run."""
+    stacks = [] if whole else chat_stacks(run, config)
+    return deepen(stacks, lambda depths: _align(run, shallow(config, depths), batch, num_words, device, stacks)).memory
+
+
+def _align(
+    run: RunConfig, config: ChatConfig, batch: Cells, num_words: int, device: str, stacks: Sequence[Stack]
+) -> Trace:
     model = build(plain(config), device="meta")
     learner = trainable.choose(model, run)
     with weightless(model):
@@ -132,13 +177,14 @@ def rehearse_align(run: RunConfig, config: ChatConfig, batch: Cells, num_words: 
         replace(learner, parameters=learned).train_mode()
         stage = Placing(run, model, num_words)
         with Numbers():
-            return alive(
+            return trace(
                 run,
                 list(learned.values()),
                 [*model.parameters(), *model.buffers(), stage.table, stage.directions],
                 lambda: stage.losses(batch),
                 largest_unit=largest(model),
                 device=device,
+                blocks=named_blocks(stacks, chat_layers(model)),
             )
 
 
@@ -166,7 +212,7 @@ def rehearse_distill(
         tiles = torch.empty(num_tiles, 3, student.side, student.side, dtype=torch.uint8)
         batch = Tiles(tiles, ())
         with Numbers():
-            return alive(
+            return trace(
                 run,
                 [*learned.values(), *behind.parameters()],
                 [*model.parameters(), *model.buffers(), *teacher.module.parameters()],
@@ -174,7 +220,7 @@ def rehearse_distill(
                 given=[tiles],
                 largest_unit=largest(model),
                 device=device,
-            )
+            ).memory
 
 
 def follower(

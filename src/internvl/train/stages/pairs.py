@@ -112,6 +112,7 @@ def open_pairs(
         rank=collectives.rank() if learning else 0,
         ranks=collectives.num_ranks() if learning else 1,
         known=known,
+        changed=data.changed,
     )
 
 

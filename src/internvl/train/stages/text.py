@@ -146,6 +146,7 @@ def open_texts(run: RunConfig, words: DualTokeniser, learning: bool = True) -> T
         on_error="skip" if learning and data.on_error == "skip" else "error",
         rank=collectives.rank() if learning else 0,
         ranks=collectives.num_ranks() if learning else 1,
+        changed=data.changed,
     )
 
 
