@@ -57,6 +57,14 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, kind: str) -> N
     assert kept[0] == kept[1]
 
 
+@pytest.mark.parametrize(("warmup", "said"), [(8, True), (2, False)])
+def test_a_warmup_longer_than_the_run_is_told(tmp_path: Path, capsys: Any, warmup: int, said: bool) -> None:
+    run = tiny_run(tmp_path, schedule=Schedule(steps=2, warmup_steps=warmup))
+    train(run, tiny_stage(run))
+    told = " ".join(capsys.readouterr().err.split())
+    assert ("warmup_steps is 8 but the run has 2 steps: the rate ends at 25% of its peak" in told) == said
+
+
 def test_accumulating_equals_one_large_batch(tmp_path: Path) -> None:
     results = []
     for name, samples, accumulate in (("large", 6, 1), ("small", 2, 3)):

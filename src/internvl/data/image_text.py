@@ -77,7 +77,7 @@ def _captions(value: Any, source: str) -> tuple[str, ...]:
         raise ValueError(f"{source}: `caption` is {str(value)[:60]!r}; it is a text or a list of texts")
     kept = tuple(text.strip() for text in texts if text.strip())
     if not kept:
-        raise ValueError(f"{source}: an empty caption; remove the line, or set data.on_error to skip")
+        raise ValueError(f"{source}: an empty caption; remove the line, or in training set data.on_error to skip")
     for text in kept:
         try:
             check_unicode(text)

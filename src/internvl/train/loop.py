@@ -129,6 +129,8 @@ class Trainer:
             self.metrics = log.Metrics(self.out / "metrics.jsonl", self.step, open_trackers(self.run, self.step))
             self.lost = lost.Lost(self.out, keep=self.step > 0)
         self.reporter.table(trainable.table(self.learner))
+        if remark := optim.endless_warmup(self.run, self.num_steps):
+            self.reporter.say(remark)
         self.reporter.begin(self.step)
         self.learner.train_mode()
         if self.run.data.worst_first and self.step < self.num_steps:

@@ -56,6 +56,17 @@ def set_lr(optimizer: torch.optim.Optimizer, run: RunConfig, factor: float) -> f
     return rate
 
 
+def endless_warmup(run: RunConfig, num_steps: int) -> str:
+    """What to say where the rate never reaches its peak; empty where it does."""
+    warmup = num_warmup(run, num_steps)
+    if run.schedule.over == "time" or warmup <= num_steps:
+        return ""
+    return (
+        f"schedule.warmup_steps is {warmup} but the run has {num_steps} steps: the rate ends at "
+        f"{num_steps / warmup:.0%} of its peak; lower it, or train for longer"
+    )
+
+
 def _factor(share: float, warmup: float) -> float:
     share = min(1.0, max(0.0, share))
     if share < warmup:
