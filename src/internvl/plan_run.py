@@ -33,10 +33,11 @@ from internvl.train.outlook_pictures import AlignOutlook, DistillOutlook
 from internvl.train.outlook_texts import TextOutlook
 from internvl.train.recipes.tiny import byte_tokenizer
 from internvl.train.run import RunConfig
+from internvl.train.settings import DUAL_STAGES
 from internvl.train.trials import check_size
 from internvl.zoo import CHAT, DUAL, RELEASED
 
-PLANNED = ("sft", "align", "distill", *remedies.DUAL)
+PLANNED = ("sft", "align", "distill", *DUAL_STAGES)
 GPUS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 BYTES_NOTE = (
     "the model's tokenizer is not here: texts count a position a byte, several times what they take; give --set "
@@ -101,7 +102,7 @@ def subject(run: RunConfig, release: str = "") -> Subject:
     """Configuration and tokenizer of the run's model, from its folder where it is there."""
     if run.stage not in PLANNED:
         raise ValueError(f"stage {run.stage!r}; `internvl plan` knows runs of the stages {', '.join(PLANNED)}")
-    if run.stage in remedies.DUAL or (run.stage == "distill" and _names_dual(run.model)):
+    if run.stage in DUAL_STAGES or (run.stage == "distill" and _names_dual(run.model)):
         return _dual_subject(run)
     if run.model in CHAT and run.model != "pocket":
         return _with_bytes(run, CHAT[run.model])

@@ -16,9 +16,10 @@ import internvl
 from internvl.commands.train import main
 from internvl.load_dual import extend_llama
 from internvl.models.build import build_dual
-from internvl.train.dry import DUAL_STAGES, dry_run
+from internvl.train.dry import dry_run
 from internvl.train.recipes import RECIPES, find_recipe, v1_0
 from internvl.train.run import from_json, to_json
+from internvl.train.settings import DUAL_STAGES
 from internvl.zoo import DUAL, VISION, VIT_TINY_6B
 
 # recipes

@@ -24,8 +24,8 @@ MIN_PLAIN_LENGTH = 64
 """From here to LONG plain products beat sdpa in bfloat16; in float32 sdpa wins."""
 
 LEARNED = 1024
-"""Fewer keys than that, and plain products beat sdpa in bfloat16 where something learns, with or without a mask: its
-backward pass on a CPU takes 14 times theirs at 12 positions, 3 times at 256, as long at 1,024. In float32 it wins."""
+"""Fewer keys than that, and plain products beat sdpa in bfloat16 on a CPU where something learns, with or without a
+mask: the shorter the row, the more. In float32 sdpa wins (benchmarks/attention.py)."""
 
 MAX_SCORES = 2**23
 """Scores held at once: more leave the cache, and memory that the allocator gives back after every layer."""
@@ -156,7 +156,7 @@ def _masked_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
 def _products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Attention as two matrix products of all heads; long rows one batch item and some queries at a time."""
     if _learns(q, k, v) or min(q.shape[2], k.shape[2]) < LONG:
-        return torch.matmul((q * scale @ k.transpose(-1, -2)).softmax(-1), v)
+        return _masked_products(q, k, v, None, scale)
     bare = type(q) is Tensor and bool(
         scale * q.norm(dim=-1).max().float() * k.norm(dim=-1).max().float() <= MAX_BARE_EXPONENT
     )

@@ -15,13 +15,11 @@ from internvl.config import ChatConfig
 from internvl.train.log import Reporter
 from internvl.train.recipes.tiny import COLOURS, byte_tokenizer
 from internvl.train.run import RunConfig, differences, to_json
-from internvl.train.settings import Schedule
+from internvl.train.settings import DUAL_STAGES, Schedule
 from internvl.train.stage import Stage
 from internvl.zoo import CHAT, DUAL, RELEASED, VIT_TINY, VIT_TINY_6B
 
 STEPS = 2
-DUAL_STAGES = ("text", "contrastive", "generative")
-"""That learn from pairs or texts, on InternVL-C and -G; the others learn from chat records."""
 MOST_SAMPLES, MOST_PAIRS, MOST_ACCUMULATED = 4, 8, 2
 PATCHES_PX = 56
 """Of a tiny picture's four patches a side, as InternViT's sixteen take 224 px."""

@@ -8,10 +8,8 @@ from functools import partial
 from typing import Any
 
 from internvl.train.run import RunConfig
-from internvl.train.settings import Part
+from internvl.train.settings import DUAL_STAGES, Part
 
-DUAL = ("contrastive", "generative", "text")
-"""Stages whose batch is one over all devices: a smaller one would be another loss."""
 Transform = Callable[[RunConfig], RunConfig]
 PASSING = frozenset(("micro-batches", "--pairs.micro-batch", "--grad-checkpoint", "--data.max-tiles"))
 """Kinds of changes that touch what passes through a step, not what stays."""
@@ -19,9 +17,9 @@ PASSING = frozenset(("micro-batches", "--pairs.micro-batch", "--grad-checkpoint"
 
 def singles(run: RunConfig) -> Iterator[tuple[str, str, Transform]]:
     """(what, at which price, how), cheapest first."""
-    if run.stage in DUAL:
+    if run.stage in DUAL_STAGES:
         yield from _pieces(run)
-    for parts in (2, 4, 8, 16, 32, 64) if run.stage not in DUAL else ():
+    for parts in (2, 4, 8, 16, 32, 64) if run.stage not in DUAL_STAGES else ():
         samples, tokens = run.data.batch_samples, run.data.batch_tokens
         if (samples is None or samples >= parts) and (tokens is None or tokens >= 64 * parts):
             words = f"micro-batches of a {parts}th, accumulate {run.accumulate * parts}"
