@@ -11,7 +11,7 @@ from typing import Literal
 from internvl.data.packing import Packing
 
 DUAL_STAGES = ("text", "contrastive", "generative")
-"""Stages of InternVL-C and -G, on pairs or texts. Their batch is one over all devices: a smaller one is another loss."""
+"""Of InternVL-C and -G, on pairs or texts; their batch is one over all devices, a smaller one is another loss."""
 PARTS = ("vision", "connector", "language")
 
 
