@@ -73,7 +73,7 @@ def test_the_connector_learns_the_words(records: Path) -> None:
         optimiser.zero_grad()
         (losses[NAMES] / made.weights(batch)[NAMES]).backward()
         optimiser.step()
-    red, blue = ({*made._ids(word)} for word in ("red", "blue"))
+    red, blue = ({*made.wording.ids(word)} for word in ("red", "blue"))
     for name, word, other in (("0.png", red, blue), ("1.png", blue, red)):
         tile = single(open_image(records.parent / name), made.model.config.tile_size)
         said = made.model.encode_tiles(normalise(tile, made.model.config.normalize))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import string
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +21,8 @@ from internvl.data.scenes import Box, crop_photo
 
 HELD_OUT_PER_MILLE = 120
 SIZES_PX = (24, 90)
+LINE_GAP_PX = 4
+"""Pillow's own, between lines."""
 CONTRAST = 95
 """Least distance in luminance between ink and ground, of 255."""
 Sort = Literal["word", "number", "letters", "line"]
@@ -84,7 +88,7 @@ def render(library: Library, text: str, generator: np.random.Generator) -> Image
 def render_placed(
     library: Library, text: str, generator: np.random.Generator
 ) -> tuple[Image.Image, list[tuple[str, Box]]]:
-    """The text once, whole, legible; and where each letter is on the 0..1000 grid, of level text on one line."""
+    """The text once, whole, legible; and where each letter is on the 0..1000 grid."""
     font = _font(pick(font_files(library.folder), generator), int(generator.integers(*SIZES_PX)))
     lines = text.replace(" ", "\n") if generator.random() < 0.5 else text
     left, top, right, bottom = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), lines, font=font)
@@ -93,10 +97,11 @@ def render_placed(
     ground = _ground(library, size, generator)
     layer = Image.new("L", (width + 8, height + 8))
     ImageDraw.Draw(layer).multiline_text((4 - left, 4 - top), lines, fill=255, font=font, align="center")
-    level = "\n" not in lines
+    letters = _letters(lines, font, (float(4 - left), float(4 - top)))
     if generator.random() < 0.4:
-        level = False
-        layer = layer.rotate(generator.uniform(-9, 9), Image.Resampling.BICUBIC, expand=True)
+        angle, before = generator.uniform(-9, 9), layer.size
+        layer = layer.rotate(angle, Image.Resampling.BICUBIC, expand=True)
+        letters = [(letter, _turned(box, angle, before, layer.size)) for letter, box in letters]
     scale = min(1.0, 0.96 * size[0] / layer.width, 0.96 * size[1] / layer.height)
     if scale < 1:
         layer = layer.resize(
@@ -107,16 +112,47 @@ def render_placed(
         int(generator.integers(0, size[1] - layer.height + 1)),
     )
     _write(ground, layer, place, generator)
-    if not level:
-        return ground, []
-    edges = [4 - left + font.getlength(text[:end]) for end in range(len(text) + 1)]
-    across = [(place[0] + edge * scale) / size[0] for edge in edges]
-    down = place[1] / size[1], (place[1] + layer.height) / size[1]
     return ground, [
-        (letter, (round(1000 * a), round(1000 * down[0]), round(1000 * b), round(1000 * down[1])))
-        for letter, (a, b) in zip(text, pairwise(across), strict=True)
-        if letter != " "
+        (letter, _on_grid([(place[axis % 2] + edge * scale) / size[axis % 2] for axis, edge in enumerate(box)]))
+        for letter, box in letters
     ]
+
+
+def _letters(
+    lines: str, font: ImageFont.FreeTypeFont, origin: tuple[float, float]
+) -> list[tuple[str, tuple[float, ...]]]:
+    """Letters with left, top, right, bottom in pixels, as Pillow sets centred lines from `origin`."""
+    draw = ImageDraw.Draw(Image.new("L", (1, 1)))
+    step = draw.textbbox((0, 0), "A", font=font)[3] + LINE_GAP_PX
+    texts = lines.split("\n")
+    widths = [font.getlength(text) for text in texts]
+    found: list[tuple[str, tuple[float, ...]]] = []
+    for number, (text, width) in enumerate(zip(texts, widths, strict=True)):
+        across = origin[0] + (max(widths) - width) / 2
+        down = origin[1] + number * step
+        _, top, _, bottom = font.getbbox(text)
+        edges = [across + font.getlength(text[:end]) for end in range(len(text) + 1)]
+        found += [
+            (letter, (a, down + top, b, down + bottom))
+            for letter, (a, b) in zip(text, pairwise(edges), strict=True)
+            if letter != " "
+        ]
+    return found
+
+
+def _turned(box: tuple[float, ...], angle: float, before: tuple[int, int], after: tuple[int, int]) -> tuple[float, ...]:
+    """The box with its centre turned as the picture is, by degrees against the clock; it stays upright."""
+    left, top, right, bottom = box
+    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    x, y = (left + right - before[0]) / 2, (top + bottom - before[1]) / 2
+    across, down = x * cos + y * sin + after[0] / 2, y * cos - x * sin + after[1] / 2
+    wide, high = (right - left) / 2, (bottom - top) / 2
+    return across - wide, down - high, across + wide, down + high
+
+
+def _on_grid(box: Sequence[float]) -> Box:
+    left, top, right, bottom = (min(1000, max(0, round(1000 * edge))) for edge in box)
+    return left, top, right, bottom
 
 
 def _canvas(width: int, height: int, generator: np.random.Generator) -> tuple[int, int]:

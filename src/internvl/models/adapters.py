@@ -77,9 +77,29 @@ def save(model: Adaptable, folder: str | Path, part: str) -> None:
 
 def load(model: Adaptable, folder: str | Path, part: str) -> int:
     """Put a saved adapter on one part; every key must find its module and every adapted module its keys."""
+    config = _read_config(Path(folder), part)
+    count = _inject(model, part, config)
+    _copy(model, Path(folder), part)
+    return count
+
+
+def fill(model: Adaptable, folder: str | Path, part: str) -> None:
+    """Give the adapters that one part has the values of saved ones, of the same rank and scale."""
+    folder = Path(folder)
+    saved, mine = _read_config(folder, part), _configs(module_of(model, part))["default"]
+    for name in ("r", "lora_alpha"):
+        if getattr(saved, name) != getattr(mine, name):
+            raise ValueError(
+                f"{folder / CONFIG}: {name} is {getattr(saved, name)}, the {part} model's adapters have "
+                f"{getattr(mine, name)}; set the {'rank' if name == 'r' else 'alpha'} to that of the file"
+            )
+    _copy(model, folder, part)
+
+
+def _read_config(folder: Path, part: str) -> Any:
+    """As peft wrote it, its targets by our names."""
     from peft import LoraConfig
 
-    folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name}: not found; an adapter folder holds {CONFIG} and {WEIGHTS}")
@@ -87,15 +107,18 @@ def load(model: Adaptable, folder: str | Path, part: str) -> int:
     if not isinstance(config, LoraConfig) or not isinstance(config.target_modules, (list, set)):
         raise ValueError(f"{folder / CONFIG}: must be a LORA adapter with a list of target modules")
     config.target_modules = {_ours(name, part) for name in config.target_modules}
+    return config
+
+
+@torch.no_grad()
+def _copy(model: Adaptable, folder: Path, part: str) -> None:
     stored = {_ours(key.removeprefix(ROOT), part): value for key, value in load_file(folder / WEIGHTS).items()}
-    count = _inject(model, part, config)
     own = {n.replace(".default.", "."): p for n, p in module_of(model, part).state_dict().items() if ".lora_" in n}
     wrong = sorted(own.keys() ^ stored.keys()) or [k for k in own if own[k].shape != stored[k].shape]
     if wrong:
         raise ValueError(f"{folder / WEIGHTS}: {len(wrong)} keys do not fit the {part} model: {', '.join(wrong[:5])}")
     for key, value in stored.items():
         own[key].copy_(value)
-    return count
 
 
 @torch.no_grad()

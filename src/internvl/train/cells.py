@@ -17,6 +17,27 @@ LEAST_COVER = 0.35
 """A region counts for a token that holds its centre or this share of its area."""
 
 
+BACKGROUND = "background"
+"""What a token says under which there is nothing."""
+PLACE_SHARE = 0.5
+"""Length of what says the place, in lengths of a word embedding."""
+
+
+class Wording:
+    """Token ids of the texts of regions."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._known: dict[str, list[int]] = {}
+
+    def ids(self, text: str) -> list[int]:
+        """A letter as it stands inside a word, a name as it stands inside a sentence."""
+        if text not in self._known:
+            letter = len(text) == 1
+            self._known[text] = self.tokenizer.encode(text if letter else f" {text}", add_special_tokens=False)
+        return self._known[text]
+
+
 @dataclass(frozen=True)
 class Picture:
     """One record with regions, as one tile."""
@@ -85,3 +106,11 @@ def place_waves(boxes: Float[Tensor, "boxes 4"]) -> Float[Tensor, "boxes waves"]
     """Sides of boxes, as shares of the picture, in sines and cosines: coarse and fine, each linear to read."""
     turns = math.pi * boxes[:, :, None] * boxes.new_tensor(WAVES)
     return torch.cat([turns.cos(), turns.sin()], dim=-1).flatten(1)
+
+
+def directions(width: int, length: float) -> Float[Tensor, "waves width"]:
+    """Fixed, orthogonal, each as long as what one wave adds to a token; `length` is that of a word embedding."""
+    num_waves = 2 * 4 * len(WAVES)
+    random = torch.randn(width, num_waves, generator=torch.Generator().manual_seed(0))
+    orthogonal: Tensor = torch.linalg.qr(random)[0].T
+    return orthogonal * (PLACE_SHARE * length / math.sqrt(num_waves / 2))

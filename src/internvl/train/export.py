@@ -19,7 +19,7 @@ from internvl.parallel.shard import local
 from internvl.train import checkpoint
 from internvl.train.run import RunConfig
 from internvl.train.settings import PARTS
-from internvl.train.trainable import Learner
+from internvl.train.trainable import CONNECTOR, EMBEDDINGS, Learner
 
 if TYPE_CHECKING:
     from internvl.models.adapters import Adaptable
@@ -41,9 +41,9 @@ def export_parts(learner: Learner, out: Path, dtype: torch.dtype) -> None:
     model, learned = learner.model, list(learner.parameters.values())
     cast(learned, dtype)
     if learner.run.connector.learn == "full":
-        _write(model.connector.named_parameters(), out / "connector.safetensors")
+        _write(model.connector.named_parameters(), out / CONNECTOR)
     if learner.rows is not None:
-        _write(learner.rows.named_parameters(), out / "embeddings.safetensors")
+        _write(learner.rows.named_parameters(), out / EMBEDDINGS)
     for name in _adapted(learner):
         from internvl.models import adapters  # needs peft, an extra
 

@@ -24,6 +24,9 @@ class RunConfig:
     stage: str = "sft"
     model: str = "pocket"
     """Name or folder, as `internvl.load` takes it; `tiny-...` names have random weights."""
+    start: str = ""
+    """`parts` of an earlier run, such as runs/NAME/parts: the connector, adapters and token rows there replace the
+    model's, and adapters go on learning as adapters instead of being merged. Stages sft and align."""
     vision: Part = Part()
     connector: Part = Part()
     language: Part = Part()
@@ -155,6 +158,13 @@ def _check_shares(run: RunConfig) -> None:
             f"data.min_frames is {run.data.min_frames} and data.max_frames {run.data.max_frames}; lower the one or "
             "raise the other"
         )
+    if run.start and run.stage not in ("sft", "align"):
+        raise ValueError(f"start is {run.start!r}, but stage {run.stage!r} cannot begin with parts; give --model alone")
+    if not 0 <= run.data.told <= 1:
+        raise ValueError(f"data.told is {run.data.told}; it is a share of the records, 0 to 1")
+    if run.data.told and (run.stage != "sft" or run.data.packed):
+        rows = "packed rows" if run.data.packed else f"stage {run.stage!r}"
+        raise ValueError(f"data.told is {run.data.told}, but {rows} cannot be told; set --data.told 0")
     if not 0 <= run.data.max_rejected <= 1:
         raise ValueError(f"data.max_rejected is {run.data.max_rejected}; it is a share of the records, 0 to 1")
 

@@ -90,6 +90,9 @@ class Data:
     """Weight of a learned token among x of its sample: 1, 1/x, 1/sqrt(x) (paper 2.5, section 3.4)."""
     augment: Literal["as_given", "on", "off"] = "as_given"
     """JPEG re-encoding of tiles: as each set of the meta JSON says, or all, or none (paper 2.5, section 3.4)."""
+    told: float = 0.0
+    """Share of the records with regions and one tile whose visual tokens say the regions instead of what the encoder
+    sees (train/told.py)."""
     features: Literal["none", "memory", "disk"] = "none"
     """Keep the features of each tile while the vision part is frozen, so that it is seen once."""
     features_folder: str = ""

@@ -63,6 +63,7 @@ GROUPS: dict[str, dict[str, Recipe]] = {
         "tiny_chat_qllama": Recipe(v1_0_chat.tiny_chat_qllama, v1_0_chat.prepare_tiny, like="tiny-1.0-qllama"),
         "pocket_align_connector": Recipe(pocket.pocket_align_connector, pocket.prepare),
         "pocket_align": Recipe(pocket.pocket_align, pocket.prepare),
+        "pocket_told": Recipe(pocket.pocket_told, pocket.prepare),
         "pocket_connector": Recipe(pocket.pocket_connector, pocket.prepare),
         "pocket_sft": Recipe(pocket.pocket_sft, pocket.prepare),
         "pocket_connector_cpu": Recipe(pocket.pocket_connector_cpu, pocket.prepare),

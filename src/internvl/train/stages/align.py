@@ -27,7 +27,7 @@ from internvl.data.tiling import single
 from internvl.load import load_checkpoint
 from internvl.models.chat import ChatModel
 from internvl.train import features, trainable
-from internvl.train.cells import WAVES, Cells, Picture, cells_under, place_waves
+from internvl.train.cells import BACKGROUND, Cells, Picture, Wording, cells_under, directions, place_waves
 from internvl.train.export import export_chat
 from internvl.train.run import RunConfig
 from internvl.train.stages.pictures import PictureStage
@@ -36,13 +36,10 @@ from internvl.train.trainable import Learner
 NAMES, NEAR, NORM, PLACES = "names", "near", "norm", "places"
 SHARPNESS = 50.0
 """Factor on the cosines before the softmax over the words."""
-BACKGROUND = "background"
 BACKGROUND_WEIGHT = 0.3
 """Of a token under which there is nothing; a token inside a region weighs 1."""
 BACKGROUND_TOKENS = 12
 """Most such tokens of a picture, drawn anew each time: they are easy, and many."""
-PLACE_SHARE = 0.5
-"""Length of what says the place, in lengths of a word embedding."""
 
 
 class Align(PictureStage[Cells]):
@@ -54,9 +51,9 @@ class Align(PictureStage[Cells]):
         super().__init__(run)
         self.model, self.tokenizer, self.sets = model, tokenizer, sets
         self.side = math.isqrt(model.config.patch_tokens)
+        self.wording = Wording(tokenizer)
         self.store: features.MemoryStore | None = None
         self.known: dict[tuple[int, int], Picture] = {}
-        self.spelled: dict[str, list[int]] = {}
         if not self.lines:
             raise ValueError(f"{run.data.meta}: no record has regions; write them with `internvl data build`")
 
@@ -76,7 +73,7 @@ class Align(PictureStage[Cells]):
         texts = {BACKGROUND}
         for number, position in self.lines:
             texts.update(region["text"] for region in self._line(number, position)["regions"])
-        ids = sorted({token for text in texts for token in self._ids(text)})
+        ids = sorted({token for text in texts for token in self.wording.ids(text)})
         return {token: place for place, token in enumerate(ids)}
 
     @cached_property
@@ -87,12 +84,8 @@ class Align(PictureStage[Cells]):
 
     @cached_property
     def directions(self) -> Float[Tensor, "waves width"]:
-        """Fixed, orthogonal, as long as what one wave adds to a token."""
-        num_waves = 2 * 4 * len(WAVES)
-        random = torch.randn(self.table.shape[1], num_waves, generator=torch.Generator().manual_seed(0))
-        length = PLACE_SHARE * float(self.table.norm(dim=-1).mean()) / math.sqrt(num_waves / 2)
-        orthogonal: Tensor = torch.linalg.qr(random)[0].T
-        return orthogonal.to(self.table.device) * length
+        """As long as what one wave adds to a token."""
+        return directions(self.table.shape[1], float(self.table.norm(dim=-1).mean())).to(self.table.device)
 
     def begin(self, run: RunConfig, device: torch.device) -> trainable.Learner:
         self.model.to(device)
@@ -144,13 +137,6 @@ class Align(PictureStage[Cells]):
         line: dict[str, Any] = json.loads(self.sets[number].lines.read(position))
         return line
 
-    def _ids(self, text: str) -> list[int]:
-        """A letter as it stands inside a word, a name as it stands inside a sentence."""
-        if text not in self.spelled:
-            letter = len(text) == 1
-            self.spelled[text] = self.tokenizer.encode(text if letter else f" {text}", add_special_tokens=False)
-        return self.spelled[text]
-
     def _seen(self, batch: Cells) -> Float[Tensor, "pictures patches width"]:
         if self.store is None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.run.vision.learn != "frozen"):
@@ -188,7 +174,7 @@ class Align(PictureStage[Cells]):
             for place, (texts, box) in enumerate(zip(picture.cells, picture.boxes, strict=True)):
                 if not texts and place not in kept:
                     continue
-                ids = [token for text in texts or [BACKGROUND] for token in self._ids(text)]
+                ids = [token for text in texts or [BACKGROUND] for token in self.wording.ids(text)]
                 weight = 1.0 if texts else BACKGROUND_WEIGHT
                 pairs += [(len(tokens), self.words[token], weight / len(ids)) for token in ids]
                 placed += [(len(tokens), box)] if box is not None else []

@@ -5,7 +5,7 @@ What learns is trainable.py's, batches are data's; logits exist only where the n
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from internvl.train import cost, features, losses, trainable
 from internvl.train.export import export_chat
 from internvl.train.run import RunConfig
 from internvl.train.settings import Data
+from internvl.train.told import Said, Told
 
 LOSS = "next_token"
 HEAD_CHUNK = 2048
@@ -48,6 +49,8 @@ class Prepared:
     num_image_tokens: int
     digests: tuple[bytes, ...] = ()
     """Content of each tile, where features are kept."""
+    said: Said | None = None
+    """What is told of tiles, where data.told says so."""
 
     def pin_memory(self) -> Prepared:
         return self._moved(lambda value: value.pin_memory())
@@ -59,7 +62,9 @@ class Prepared:
 
     def _moved(self, move: Any) -> Prepared:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: move(v) for k, v in values.items() if isinstance(v, Tensor | ChatBatch)})
+        said = None if self.said is None else self.said.moved(move)
+        moved = {k: move(v) for k, v in values.items() if isinstance(v, Tensor | ChatBatch)}
+        return replace(self, **moved, said=said)
 
 
 class Sft:
@@ -75,9 +80,12 @@ class Sft:
         self.loader, self.held_out = loader, held_out
         self.store: features.MemoryStore | None = None
         self.image_token_id = token_id(tokenizer, SPECIAL_TOKENS[2])
+        self.told: Told | None = None
 
     def begin(self, run: RunConfig, device: torch.device) -> trainable.Learner:
         self.model.to(device)
+        share = run.data.told
+        self.told = Told(self.model, self.tokenizer, self.loader.sets, share) if share else None
         rows = [token_id(self.tokenizer, token) for token in SPECIAL_TOKENS] if run.tokens.learn else []
         learner = trainable.choose(self.model, run, rows)
         if run.grad_checkpoint:
@@ -107,6 +115,10 @@ class Sft:
         return self.loader.make(cost.heaviest(self.run, self.model.config, sizes))
 
     def prepare(self, batch: ChatBatch) -> Prepared:
+        prepared = self._found(batch)
+        return prepared if self.told is None else replace(prepared, said=self.told.said(batch))
+
+    def _found(self, batch: ChatBatch) -> Prepared:
         positions, targets, weights = losses.shift(batch.labels, batch.loss_weights)
         return Prepared(
             _without_mask(batch),
@@ -153,7 +165,7 @@ class Sft:
         totals: dict[str, Tensor] = {}
         weights: dict[str, float] = {}
         for batch, counts in collectives.deal_once(_noting(self.held_out.once(), known)):
-            prepared = self.prepare(batch)
+            prepared = self._found(batch)
             sets = by_set(batch, prepared.positions)
             moved = prepared.to(device)
             hidden = self._learned(moved)
@@ -192,9 +204,21 @@ class Sft:
         return losses.chunked_sum(hidden, self.model.language.output, targets, weights, HEAD_CHUNK)
 
     def _visual(self, prepared: Prepared) -> Float[Tensor, "tiles tokens width"]:
+        said = prepared.said
+        if said is None or self.told is None:
+            return self._shown(prepared.batch.tiles, prepared.digests)
+        told = self.told.tokens(said)
+        if not len(said.looked):
+            return told
+        digests = tuple(prepared.digests[int(k)] for k in said.looked) if prepared.digests else ()
+        seen = self._shown(prepared.batch.tiles[said.looked], digests)
+        out = seen.new_zeros(prepared.batch.num_tiles, *seen.shape[1:])
+        return out.index_copy(0, said.looked, seen).index_copy(0, said.tiles, told.to(seen))
+
+    def _shown(self, tiles: Tensor, digests: Sequence[bytes]) -> Float[Tensor, "tiles tokens width"]:
         if self.store is None:
-            return self.see(prepared.batch.tiles)
-        out: Tensor = self.model.connector(self.store.gather(prepared.batch.tiles, prepared.digests, self._features))
+            return self.see(tiles)
+        out: Tensor = self.model.connector(self.store.gather(tiles, digests, self._features))
         return out
 
     def see(self, tiles: Tensor) -> Float[Tensor, "tiles tokens width"]:

@@ -1,0 +1,237 @@
+"""Visual tokens told by regions: what they say, which tiles they replace, and that a run on them learns and resumes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from broken import break_off
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_stage import IMAGE_ID
+from torch.nn import functional as F
+
+from internvl.train import told as told_module
+from internvl.train.cells import cells_under, directions, place_waves
+from internvl.train.loop import train
+from internvl.train.run import RunConfig
+from internvl.train.settings import Data, Optimiser, Part, Schedule, Tokens
+from internvl.train.stages.sft import Prepared, Sft, open_loader
+from internvl.train.told import Said, Told, drawn
+from tiny import tiny_model, tiny_tokenizer
+
+SMALL, WIDE = "a dog", "a cat"
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    """One tile with a region, one without regions, one of several tiles with a region, one text."""
+    shapes = {SMALL: (56, 56), "": (56, 56), WIDE: (168, 56)}
+    lines: list[dict[str, Any]] = []
+    for number, (text, size) in enumerate(shapes.items()):
+        Image.fromarray(np.full((size[1], size[0], 3), 80 * number, np.uint8)).save(tmp_path / f"{number}.png")
+        regions = {"regions": [{"text": text, "box": [0, 0, 500, 1000]}]} if text else {}
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": text or "none"}]
+        lines.append({"image": f"{number}.png", "conversations": turns, **regions})
+    lines.append({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]})
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return tmp_path / "set.jsonl"
+
+
+def tiny_run(records: Path, *, told: float = 1.0, **changes: Any) -> RunConfig:
+    settings: dict[str, Any] = {
+        "out": str(records.parent / "run"),
+        "language": Part("full"),
+        "connector": Part("full"),
+        "data": Data(meta=str(records), batch_samples=4, max_tiles=4, told=told),
+        "optimiser": Optimiser(peak_lr=1e-3),
+        "schedule": Schedule(steps=6),
+        "save_every": 1,
+        "export": "none",
+        "device": "cpu",
+    }
+    return RunConfig(**{**settings, **changes})
+
+
+def tiny_stage(run: RunConfig) -> Sft:
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer), image_token_id=IMAGE_ID)
+    return Sft(run, model, tokenizer, open_loader(run, tokenizer, model.config, run.data.meta, learning=True), None)
+
+
+def begun(records: Path, **changes: Any) -> Sft:
+    run = tiny_run(records, **changes)
+    stage = tiny_stage(run)
+    stage.begin(run, torch.device("cpu"))
+    return stage
+
+
+def first_batch(stage: Sft) -> Prepared:
+    return stage.prepare(next(batch for batch in stage.batches() if batch is not None))
+
+
+def silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(told_module, "LEAST_NOISE", 0.0)
+    monkeypatch.setattr(told_module, "MOST_NOISE", 0.0)
+
+
+def told_of(stage: Sft) -> Told:
+    assert stage.told is not None
+    return stage.told
+
+
+def test_a_told_token_is_nearest_to_the_word_of_its_region(records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    silent(monkeypatch)
+    stage = begun(records)
+    told = told_of(stage)
+    word = told.wording.ids(SMALL)
+    tokens = told.tokens(first_batch(stage).said)[0]
+    inside = {place for place, under in enumerate(cells_under([{"box": [0, 0, 500, 1000]}], told.side)) if under}
+    cosines = F.normalize(tokens, dim=-1) @ F.normalize(told.table.float(), dim=-1).T
+    for place in range(told.side**2):
+        own = cosines[place, word].mean()
+        assert (float(own) > 0.3) == (place in inside)
+
+
+def test_a_told_token_has_the_length_of_a_word_and_says_its_box(records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    silent(monkeypatch)
+    stage = begun(records)
+    told = told_of(stage)
+    said = first_batch(stage).said
+    assert said is not None
+    tokens = told.tokens(said).flatten(0, 1)
+    unplaced = sorted(set(range(len(tokens))) - set(said.placed.tolist()))
+    torch.testing.assert_close(tokens[unplaced].norm(dim=-1), torch.full((len(unplaced),), told.length * 0.75**0.5))
+    basis = directions(tokens.shape[1], told.length)
+    bare = told.tokens(Said(said.tiles, said.looked, said.cell, said.word, said.placed[:0], said.boxes[:0]))
+    heard = (tokens - bare.flatten(0, 1))[said.placed] @ (basis / basis[0].square().sum()).T
+    torch.testing.assert_close(heard, place_waves(said.boxes), rtol=1e-4, atol=1e-4)
+
+
+def test_only_single_tiles_with_regions_are_told(records: Path) -> None:
+    stage = begun(records)
+    prepared = first_batch(stage)
+    batch, said = prepared.batch, prepared.said
+    assert said is not None
+    counts = (batch.input_ids == stage.image_token_id).sum(1) // told_of(stage).side ** 2
+    firsts = (counts.cumsum(0) - counts).tolist()
+    expected = [first for first, source in zip(firsts, batch.sources, strict=True) if source.endswith(":1")]
+    assert said.tiles.tolist() == expected
+    assert sorted(said.tiles.tolist() + said.looked.tolist()) == list(range(batch.num_tiles))
+
+
+def test_the_encoder_sees_what_is_not_told_and_nothing_else(records: Path) -> None:
+    stage = begun(records)
+    prepared = first_batch(stage)
+    seen: list[int] = []
+    look = stage._features
+    stage._features = lambda tiles: seen.append(len(tiles)) or look(tiles)  # type: ignore[method-assign,func-returns-value]
+    torch.manual_seed(0)
+    visual = stage._visual(prepared)
+    assert seen == [len(prepared.said.looked)]
+    torch.testing.assert_close(visual[prepared.said.looked], stage.see(prepared.batch.tiles[prepared.said.looked]))
+    torch.manual_seed(0)
+    torch.testing.assert_close(visual[prepared.said.tiles], told_of(stage).tokens(prepared.said))
+
+
+def test_a_share_of_nothing_is_plain_training(records: Path) -> None:
+    plain, told = begun(records, told=0.0), begun(records, told=1e-12)
+    torch.testing.assert_close(plain.losses(first_batch(plain)), told.losses(first_batch(told)))
+
+
+def test_held_out_records_are_seen(records: Path) -> None:
+    stage = begun(records)
+    stage.held_out = open_loader(stage.run, stage.tokenizer, stage.model.config, str(records), learning=False)
+    stage.told.tokens = None  # type: ignore[union-attr,method-assign,assignment]
+    assert stage.evaluate(torch.device("cpu"))["held_out_loss"] > 0
+
+
+@given(st.text())
+def test_the_draw_is_a_share_and_the_same_each_time(source: str) -> None:
+    assert 0 <= drawn(source) < 1
+    assert drawn(source) == drawn(source)
+
+
+def test_draws_are_even() -> None:
+    found = np.sort([drawn(f"set.jsonl:{number}") for number in range(2000)])
+    assert np.abs(found - np.arange(2000) / 2000).max() < 0.04
+
+
+def test_a_told_run_resumes_to_the_bit(records: Path) -> None:
+    whole = tiny_run(records)
+    train(whole, tiny_stage(whole))
+    broken = replace(whole, out=str(records.parent / "broken"))
+    break_off(broken, 3, tiny_stage(broken))
+    torch.manual_seed(1)
+    train(broken, tiny_stage(broken))
+    a, b = (load_file(Path(run.out) / "checkpoints/step-00000006/learned.safetensors") for run in (whole, broken))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def earlier(records: Path) -> RunConfig:
+    """A run that left a connector, adapters and token rows."""
+    adapted = {"language": Part("lora", rank=4, dropout=0.0), "vision": Part("lora", rank=4, dropout=0.0)}
+    run = tiny_run(records, export="last", tokens=Tokens(learn=True), **adapted)
+    train(run, tiny_stage(run))
+    return replace(run, out=str(records.parent / "later"), start=str(Path(run.out) / "parts"))
+
+
+def test_a_run_begins_with_the_parts_of_another(earlier: RunConfig) -> None:
+    fresh, later = tiny_stage(replace(earlier, start="")), tiny_stage(earlier)
+    learners = [stage.begin(stage.run, torch.device("cpu")) for stage in (fresh, later)]
+    checkpoint = Path(earlier.start).parent / "checkpoints/step-00000006/learned.safetensors"
+    for name, value in load_file(checkpoint).items():
+        begun, new = (learner.parameters[name] for learner in reversed(learners))
+        assert begun.requires_grad
+        assert torch.equal(begun, value), name
+        assert not torch.equal(new, value), name
+
+
+def test_what_it_goes_on_with_is_exported_whole(earlier: RunConfig) -> None:
+    run = replace(earlier, optimiser=Optimiser(peak_lr=1e-12), schedule=Schedule(steps=1))
+    train(run, tiny_stage(run))
+    for file in ("connector.safetensors", "embeddings.safetensors", "language/adapter_model.safetensors"):
+        before, after = (load_file(folder / file) for folder in (Path(earlier.start), Path(run.out) / "parts"))
+        for name, value in before.items():
+            torch.testing.assert_close(after[name], value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"language": Part("lora", rank=8)}, "r is 4, the language model's adapters have 8; set the rank"),
+        ({"language": Part("lora", rank=4, alpha=3)}, "lora_alpha is 8, the language model's adapters have 3"),
+        ({"language": Part("frozen")}, "adapters, but language.learn is 'frozen'; set --language.learn lora"),
+        ({"tokens": Tokens()}, "token rows, but tokens.learn is off"),
+        ({"start": "nowhere"}, "start is 'nowhere', where there are no parts"),
+    ],
+)
+def test_parts_that_find_no_place_are_refused(earlier: RunConfig, changes: dict[str, Any], message: str) -> None:
+    run = replace(earlier, **changes)
+    with pytest.raises(ValueError, match=message):
+        tiny_stage(run).begin(run, torch.device("cpu"))
+
+
+def test_only_stages_with_parts_begin_with_them() -> None:
+    with pytest.raises(ValueError, match="stage 'contrastive' cannot begin with parts"):
+        RunConfig(stage="contrastive", start="runs/x/parts", connector=Part("full"), schedule=Schedule(steps=1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"told": 1.5}, r"data.told is 1.5; it is a share"),
+        ({"told": 0.5, "packed": True, "batch_tokens": 64}, "packed rows cannot be told"),
+    ],
+)
+def test_what_cannot_be_told_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RunConfig(language=Part("full"), data=Data(**changes), schedule=Schedule(steps=1))
