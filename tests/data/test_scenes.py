@@ -150,3 +150,32 @@ def test_two_colours_have_no_name() -> None:
     image = Image.new("RGBA", (80, 80), (220, 20, 20, 255))
     image.paste((20, 60, 220, 255), (0, 0, 80, 40))
     assert colours.measure(image) is None
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([1, None]))
+def test_boxes_are_asked_of_single_things_to_the_nearest_step(collected: Path, seed: int, most: int | None) -> None:
+    scene = compose(Library(collected, "train"), np.random.default_rng(seed), most=most)
+    assert most is None or len(scene.things) <= most
+    asked = questions.boxes(scene, np.random.default_rng(seed))
+    single = {noun for noun, group in scene.groups().items() if len(group) == 1}
+    assert len(asked) == min(4, len(single)) == len({one.answer for one in asked})
+    for one in asked:
+        (noun,) = (noun for noun in single if f"<ref>the {noun}</ref>" in one.answer)
+        assert one.box is not None
+        assert f"<box>[{list(one.box)}]</box>" in one.answer
+        for said, true in zip(one.box, scene.box_1000(scene.groups()[noun][0]), strict=True):
+            assert said % questions.COARSE == 0
+            assert abs(said - true) <= questions.COARSE
+        assert noun in one.question
+
+
+def test_every_other_record_of_boxes_has_one_thing(collected: Path, tmp_path: Path) -> None:
+    shop = build_pocket.Shop(build_pocket.Plan(collected, tmp_path), Library(collected, "train"))
+    (tmp_path / "images/boxes/000").mkdir(parents=True)
+    made = [build_pocket.make_boxes(shop, index) for index in range(20)]
+    assert all(len(line[0]["regions"]) == 1 for line in made[1::2] if line)
+    assert any(len(line[0]["regions"]) > 1 for line in made[::2] if line)
+    for line in made:
+        for turn in line[0]["conversations"][1::2] if line else ():
+            assert "<box>[[" in turn["value"]

@@ -181,13 +181,13 @@ def earlier(records: Path) -> RunConfig:
     adapted = {"language": Part("lora", rank=4, dropout=0.0), "vision": Part("lora", rank=4, dropout=0.0)}
     run = tiny_run(records, export="last", tokens=Tokens(learn=True), **adapted)
     train(run, tiny_stage(run))
-    return replace(run, out=str(records.parent / "later"), start=str(Path(run.out) / "parts"))
+    return replace(run, out=str(records.parent / "later"), start=(str(Path(run.out) / "parts"),))
 
 
 def test_a_run_begins_with_the_parts_of_another(earlier: RunConfig) -> None:
-    fresh, later = tiny_stage(replace(earlier, start="")), tiny_stage(earlier)
+    fresh, later = tiny_stage(replace(earlier, start=())), tiny_stage(earlier)
     learners = [stage.begin(stage.run, torch.device("cpu")) for stage in (fresh, later)]
-    checkpoint = Path(earlier.start).parent / "checkpoints/step-00000006/learned.safetensors"
+    checkpoint = Path(earlier.start[0]).parent / "checkpoints/step-00000006/learned.safetensors"
     for name, value in load_file(checkpoint).items():
         begun, new = (learner.parameters[name] for learner in reversed(learners))
         assert begun.requires_grad
@@ -199,9 +199,20 @@ def test_what_it_goes_on_with_is_exported_whole(earlier: RunConfig) -> None:
     run = replace(earlier, optimiser=Optimiser(peak_lr=1e-12), schedule=Schedule(steps=1))
     train(run, tiny_stage(run))
     for file in ("connector.safetensors", "embeddings.safetensors", "language/adapter_model.safetensors"):
-        before, after = (load_file(folder / file) for folder in (Path(earlier.start), Path(run.out) / "parts"))
+        before, after = (load_file(folder / file) for folder in (Path(earlier.start[0]), Path(run.out) / "parts"))
         for name, value in before.items():
             torch.testing.assert_close(after[name], value)
+
+
+def test_several_starts_are_their_mean(earlier: RunConfig) -> None:
+    other = replace(earlier, out=str(Path(earlier.out).parent / "other"), export="last", seed=1)
+    train(other, tiny_stage(other))
+    both = replace(earlier, start=(*earlier.start, str(Path(other.out) / "parts")))
+    stages = [tiny_stage(replace(earlier, start=(start,))) for start in both.start] + [tiny_stage(both)]
+    one, two, mean = (stage.begin(stage.run, torch.device("cpu")).parameters for stage in stages)
+    assert not torch.equal(one["connector.fc1.weight"], two["connector.fc1.weight"])
+    for name, value in mean.items():
+        torch.testing.assert_close(value, (one[name] + two[name]) / 2)
 
 
 @pytest.mark.parametrize(
@@ -211,18 +222,20 @@ def test_what_it_goes_on_with_is_exported_whole(earlier: RunConfig) -> None:
         ({"language": Part("lora", rank=4, alpha=3)}, "lora_alpha is 8, the language model's adapters have 3"),
         ({"language": Part("frozen")}, "adapters, but language.learn is 'frozen'; set --language.learn lora"),
         ({"tokens": Tokens()}, "token rows, but tokens.learn is off"),
-        ({"start": "nowhere"}, "start is 'nowhere', where there are no parts"),
+        ({"start": ("nowhere",)}, "start is nowhere, where there are no parts"),
+        ({"start": ("EARLIER", "nowhere")}, "is not there but .* is; a mean is taken of runs"),
     ],
 )
 def test_parts_that_find_no_place_are_refused(earlier: RunConfig, changes: dict[str, Any], message: str) -> None:
     run = replace(earlier, **changes)
+    run = replace(run, start=tuple(earlier.start[0] if name == "EARLIER" else name for name in run.start))
     with pytest.raises(ValueError, match=message):
         tiny_stage(run).begin(run, torch.device("cpu"))
 
 
 def test_only_stages_with_parts_begin_with_them() -> None:
     with pytest.raises(ValueError, match="stage 'contrastive' cannot begin with parts"):
-        RunConfig(stage="contrastive", start="runs/x/parts", connector=Part("full"), schedule=Schedule(steps=1))
+        RunConfig(stage="contrastive", start=("runs/x/parts",), connector=Part("full"), schedule=Schedule(steps=1))
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ class Build:
     out: Path = Path("data/pocket")
     scenes: int = 60_000
     words: int = 25_000
+    boxes: int = 20_000
+    """Scenes, half of them with one thing, of which nothing but places is asked."""
     workers: int = os.cpu_count() or 2
     seed: int = 0
     collected: Path | None = None
@@ -111,7 +113,7 @@ def _build(asked: Build) -> int:
     from internvl.data.collect import collect
 
     collected = asked.collected or collect(workers=asked.workers)
-    plan = Plan(collected, asked.out, asked.scenes, asked.words, asked.seed, asked.workers)
+    plan = Plan(collected, asked.out, asked.scenes, asked.words, asked.boxes, asked.seed, asked.workers)
     build(plan, say)
     return 0
 

@@ -31,9 +31,9 @@ VARIANTS = 6
 """Records of each picture: other questions, another ground."""
 CROWDED = 24
 """Pictures of one name beyond which each gets fewer records, so that emoji faces do not fill the set."""
-STREAMS = {"scenes": 1, "words": 2, "pictures": 3, "easy_vqa": 4}
+STREAMS = {"scenes": 1, "words": 2, "pictures": 3, "easy_vqa": 4, "boxes": 5}
 """First number of a record's seed, so that sets do not share random numbers."""
-REPEATS = {"scenes": 1, "words": 0.5, "pictures": 0.6, "easy_vqa": 0.3}
+REPEATS = {"scenes": 1, "words": 0.8, "pictures": 0.6, "easy_vqa": 0.3, "boxes": 0.4}
 """repeat_time of the meta JSON: scenes teach most, single shapes least."""
 
 
@@ -43,6 +43,7 @@ class Plan:
     out: Path
     scenes: int = 60_000
     words: int = 25_000
+    boxes: int = 20_000
     seed: int = 0
     workers: int = 2
 
@@ -100,6 +101,7 @@ def build(plan: Plan, log: Callable[[str], None] = lambda line: None) -> dict[st
     numbers = {
         "scenes": plan.scenes,
         "words": plan.words,
+        "boxes": plan.boxes,
         "pictures": len(shop.pictures),
         "easy_vqa": len(shop.easy_vqa),
     }
@@ -187,9 +189,22 @@ def make_scene(shop: Shop, index: int) -> Made | None:
     asked = questions.conversation(scene, shop.library, rng)
     if not asked:
         return None
+    return _of_scene(shop, "scenes", index, scene, asked, rng), asked
+
+
+def make_boxes(shop: Shop, index: int) -> Made | None:
+    """A scene, every other one with a single thing, where all that is asked is where things are."""
+    rng = shop.generator("boxes", index)
+    scene = scenes.compose(shop.library, rng, most=1 if index % 2 else None)
+    asked = questions.boxes(scene, rng)
+    return (_of_scene(shop, "boxes", index, scene, asked, rng), []) if asked else None
+
+
+def _of_scene(
+    shop: Shop, name: str, index: int, scene: scenes.Scene, asked: list[Asked], rng: np.random.Generator
+) -> dict[str, Any]:
     regions = [(f"{thing.colour or ''} {thing.name}".strip(), scene.box_1000(thing)) for thing in scene.things]
-    image = shop.save(scene.image, "scenes", index)
-    return record("scenes", index, image, scene.image.size, asked, rng, regions), asked
+    return record(name, index, shop.save(scene.image, name, index), scene.image.size, asked, rng, regions)
 
 
 def make_words(shop: Shop, index: int) -> Made:
@@ -220,6 +235,7 @@ def make_easy_vqa(shop: Shop, index: int) -> Made:
 
 _MAKERS: dict[str, Callable[[Shop, int], Made | None]] = {
     "scenes": make_scene, "words": make_words, "pictures": make_picture, "easy_vqa": make_easy_vqa,
+    "boxes": make_boxes,
 }  # fmt: skip
 
 
@@ -236,6 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scenes", type=int, default=Plan.scenes)
     parser.add_argument("--words", type=int, default=Plan.words)
+    parser.add_argument("--boxes", type=int, default=Plan.boxes)
     parser.add_argument("--seed", type=int, default=Plan.seed)
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     plan = Plan(**vars(parser.parse_args(arguments)))

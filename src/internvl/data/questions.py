@@ -44,6 +44,10 @@ class Asked:
     box: Box | None = None
 
 
+COARSE = 20
+"""Of 1000: a token of a tile of 224 px covers 125, and digits that nobody can know are noise to learn from."""
+
+
 def pick(options: tuple[str, ...] | list[str], generator: np.random.Generator) -> str:
     return options[int(generator.integers(len(options)))]
 
@@ -252,8 +256,17 @@ def box(scene: Scene, library: Library, generator: np.random.Generator, single: 
     groups = {noun: group for noun, group in scene.groups().items() if len(group) <= (1 if single else 4)}
     if not groups:
         return None
-    noun = pick(sorted(groups), generator)
-    boxes = sorted(scene.box_1000(thing) for thing in groups[noun])
+    return _box_of(scene, pick(sorted(groups), generator), generator)
+
+
+def boxes(scene: Scene, generator: np.random.Generator, most: int = 4) -> list[Asked]:
+    """Where each thing is of which there is one, in any order, to the nearest `COARSE`: nothing else is asked."""
+    single = sorted(noun for noun, group in scene.groups().items() if len(group) == 1)
+    return [_box_of(scene, str(noun), generator, COARSE) for noun in generator.permutation(single)[:most]]
+
+
+def _box_of(scene: Scene, noun: str, generator: np.random.Generator, step: int = 1) -> Asked:
+    boxes = sorted(tuple(_rounded(edge, step) for edge in scene.box_1000(thing)) for thing in scene.groups()[noun])
     listed = ", ".join(f"[{a}, {b}, {c}, {d}]" for a, b, c, d in boxes)
     referred = noun if len(boxes) == 1 else plural(noun)
     # the wording of InternVL's own grounding evaluation for half of the questions
@@ -266,7 +279,12 @@ def box(scene: Scene, library: Library, generator: np.random.Generator, single: 
         f"Detect the {referred}.", f"Show me where the {referred} {'is' if len(boxes) == 1 else 'are'}.",
         f"Box the {referred}."), generator), generator)  # fmt: skip
     answer = f"<ref>the {referred}</ref><box>[{listed}]</box>"
-    return Asked("scenes_box", text, answer, box=boxes[0] if len(boxes) == 1 else None)
+    left, top, right, bottom = boxes[0]
+    return Asked("scenes_box", text, answer, box=(left, top, right, bottom) if len(boxes) == 1 else None)
+
+
+def _rounded(edge: int, step: int) -> int:
+    return edge if step == 1 else min(1000 - step, step * round(edge / step))
 
 
 def region(scene: Scene, library: Library, generator: np.random.Generator) -> Asked | None:

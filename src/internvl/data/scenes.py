@@ -73,14 +73,18 @@ class Scene:
 
 
 def compose(
-    library: Library, generator: np.random.Generator, kind: Kind | None = None, small: bool | None = None
+    library: Library,
+    generator: np.random.Generator,
+    kind: Kind | None = None,
+    small: bool | None = None,
+    most: int | None = None,
 ) -> Scene:
-    """One scene; `kind` and size are drawn where not given."""
+    """One scene of at most `most` things; `kind` and size are drawn where not given."""
     names, shares = zip(*KINDS, strict=True)
     kind = kind or names[int(generator.choice(len(names), p=shares))]
     canvas, ground, pictures = lay_ground(library, generator, small, 0.25 if kind == "shapes" else 0.5)
     scene = Scene(canvas, [], kind, ground, pictures)
-    for patch, thing in _cast(library, generator, kind, canvas):
+    for patch, thing in _cast(library, generator, kind, canvas)[:most]:
         _place(scene, patch, thing, generator)
     return scene
 

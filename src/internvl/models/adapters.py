@@ -79,21 +79,33 @@ def load(model: Adaptable, folder: str | Path, part: str) -> int:
     """Put a saved adapter on one part; every key must find its module and every adapted module its keys."""
     config = _read_config(Path(folder), part)
     count = _inject(model, part, config)
-    _copy(model, Path(folder), part)
+    _copy(model, [Path(folder)], part)
     return count
 
 
-def fill(model: Adaptable, folder: str | Path, part: str) -> None:
-    """Give the adapters that one part has the values of saved ones, of the same rank and scale."""
-    folder = Path(folder)
-    saved, mine = _read_config(folder, part), _configs(module_of(model, part))["default"]
-    for name in ("r", "lora_alpha"):
-        if getattr(saved, name) != getattr(mine, name):
-            raise ValueError(
-                f"{folder / CONFIG}: {name} is {getattr(saved, name)}, the {part} model's adapters have "
-                f"{getattr(mine, name)}; set the {'rank' if name == 'r' else 'alpha'} to that of the file"
-            )
-    _copy(model, folder, part)
+def fill(model: Adaptable, folders: Sequence[Path], part: str) -> None:
+    """Give the adapters of one part the values of saved ones, of the same rank and scale; of several, the mean."""
+    mine = _configs(module_of(model, part))["default"]
+    for folder in folders:
+        saved = _read_config(folder, part)
+        for name in ("r", "lora_alpha"):
+            if getattr(saved, name) != getattr(mine, name):
+                raise ValueError(
+                    f"{folder / CONFIG}: {name} is {getattr(saved, name)}, the {part} model's adapters have "
+                    f"{getattr(mine, name)}; set the {'rank' if name == 'r' else 'alpha'} to that of the file"
+                )
+    _copy(model, folders, part)
+
+
+def mean(paths: Sequence[Path]) -> dict[str, Tensor]:
+    """Values by name, over safetensors files that hold the same names."""
+    several: list[dict[str, Tensor]] = [load_file(path) for path in paths]
+    for path, one in zip(paths, several, strict=True):
+        if one.keys() != several[0].keys():
+            raise ValueError(f"{path} and {paths[0]} hold different names; a mean is taken of the same parts")
+    if len(several) == 1:
+        return several[0]
+    return {name: torch.stack([one[name].float() for one in several]).mean(0) for name in several[0]}
 
 
 def _read_config(folder: Path, part: str) -> Any:
@@ -111,12 +123,15 @@ def _read_config(folder: Path, part: str) -> Any:
 
 
 @torch.no_grad()
-def _copy(model: Adaptable, folder: Path, part: str) -> None:
-    stored = {_ours(key.removeprefix(ROOT), part): value for key, value in load_file(folder / WEIGHTS).items()}
+def _copy(model: Adaptable, folders: Sequence[Path], part: str) -> None:
+    values = mean([folder / WEIGHTS for folder in folders])
+    stored = {_ours(key.removeprefix(ROOT), part): value for key, value in values.items()}
     own = {n.replace(".default.", "."): p for n, p in module_of(model, part).state_dict().items() if ".lora_" in n}
     wrong = sorted(own.keys() ^ stored.keys()) or [k for k in own if own[k].shape != stored[k].shape]
     if wrong:
-        raise ValueError(f"{folder / WEIGHTS}: {len(wrong)} keys do not fit the {part} model: {', '.join(wrong[:5])}")
+        raise ValueError(
+            f"{folders[0] / WEIGHTS}: {len(wrong)} keys do not fit the {part} model: {', '.join(wrong[:5])}"
+        )
     for key, value in stored.items():
         own[key].copy_(value)
 

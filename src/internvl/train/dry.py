@@ -95,6 +95,7 @@ def shrink(run: RunConfig, model: str, records: Path, out: Path) -> RunConfig:
         run,
         out=str(out),
         model=model,
+        start=(),
         data=replace(
             data,
             meta=str(records),

@@ -19,7 +19,8 @@ from internvl.parallel.shard import local
 from internvl.train import checkpoint
 from internvl.train.run import RunConfig
 from internvl.train.settings import PARTS
-from internvl.train.trainable import CONNECTOR, EMBEDDINGS, Learner
+from internvl.train.start import CONNECTOR, EMBEDDINGS
+from internvl.train.trainable import Learner
 
 if TYPE_CHECKING:
     from internvl.models.adapters import Adaptable

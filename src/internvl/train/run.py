@@ -24,9 +24,10 @@ class RunConfig:
     stage: str = "sft"
     model: str = "pocket"
     """Name or folder, as `internvl.load` takes it; `tiny-...` names have random weights."""
-    start: str = ""
+    start: tuple[str, ...] = ()
     """`parts` of an earlier run, such as runs/NAME/parts: the connector, adapters and token rows there replace the
-    model's, and adapters go on learning as adapters instead of being merged. Stages sft and align."""
+    model's, and adapters go on learning as adapters instead of being merged. Of several runs, the mean. Stages sft and
+    align."""
     vision: Part = Part()
     connector: Part = Part()
     language: Part = Part()
@@ -159,7 +160,9 @@ def _check_shares(run: RunConfig) -> None:
             "raise the other"
         )
     if run.start and run.stage not in ("sft", "align"):
-        raise ValueError(f"start is {run.start!r}, but stage {run.stage!r} cannot begin with parts; give --model alone")
+        raise ValueError(
+            f"start is {', '.join(run.start)}, but stage {run.stage!r} cannot begin with parts; give --model alone"
+        )
     if not 0 <= run.data.told <= 1:
         raise ValueError(f"data.told is {run.data.told}; it is a share of the records, 0 to 1")
     if run.data.told and (run.stage != "sft" or run.data.packed):

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internvl.models.layers import DropPath, drop_path_rates
 from internvl.train.run import RunConfig
 from internvl.train.settings import PARTS, Part
+from internvl.train.start import begin_from
 
 if TYPE_CHECKING:
     from internvl.models.adapters import Adaptable
@@ -27,8 +26,6 @@ QLLAMA = "qllama"
 """Queries of 1.0 beside a chat model's encoder: part of no setting, always frozen."""
 PROJECTIONS = "projections"
 """Prefix of the names of what distillation puts behind the student."""
-CONNECTOR, EMBEDDINGS = "connector.safetensors", "embeddings.safetensors"
-"""Files in the `parts` of a run."""
 
 
 class TokenRows(nn.Module):
@@ -114,7 +111,7 @@ def choose(model: ChatModel, run: RunConfig, token_ids: Sequence[int] = ()) -> L
     _drop_paths(model, run.vision.drop_path)
     rows = _token_rows(model, run, token_ids)
     if run.start:
-        begin_from(model, run, rows)
+        begin_from(run.start, model, run, rows)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if rows is not None:
         parameters |= {f"{ROWS}.{name}": p for name, p in rows.named_parameters()}
@@ -213,35 +210,6 @@ def adapt(model: Adaptable, name: str, part: Part, precision: str) -> None:
         if isinstance(module, BaseTunerLayer):
             # autocast chooses the type; peft would copy every input to fp32 first
             module.cast_input_dtype_enabled = precision != "bf16"
-
-
-def begin_from(model: ChatModel, run: RunConfig, rows: TokenRows | None) -> None:
-    """Put what an earlier run exported as its `parts` into the model. ValueError for what would find no place."""
-    from internvl.models import adapters  # needs peft, an extra
-
-    folder, found = Path(run.start), 0
-    if (connector := folder / CONNECTOR).is_file():
-        model.connector.load_state_dict(load_file(connector))
-        found += 1
-    if (kept := folder / EMBEDDINGS).is_file():
-        if rows is None:
-            raise ValueError(f"{kept}: token rows, but tokens.learn is off; set --tokens.learn, or move the file away")
-        values = load_file(kept)
-        for name, parameter in rows.named_parameters():
-            parameter.data.copy_(values[name])
-        found += 1
-    for name in ("vision", "language"):
-        if not (folder / name).is_dir():
-            continue
-        if run.part(name).learn != "lora":
-            raise ValueError(
-                f"{folder / name}: adapters, but {name}.learn is {run.part(name).learn!r}; set --{name}.learn lora, or "
-                "--model to the merged model of that run"
-            )
-        adapters.fill(model, folder / name, name)
-        found += 1
-    if not found:
-        raise ValueError(f"start is {run.start!r}, where there are no parts; give the folder `parts` of a run")
 
 
 def _thaw(module: nn.Module, part: Part) -> None:
