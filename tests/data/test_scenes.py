@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from internvl.data import build_pocket, colours, questions, scenes, words
+from internvl.data import build_pocket, colours, places, questions, scenes, words
 from internvl.data.library import Library
 from internvl.data.scenes import Scene, Thing, compose
 
@@ -95,7 +95,7 @@ def test_answers_agree_with_the_scene(collected: Path, seed: int) -> None:
     scene = compose(library, generator)
     for asked in questions.conversation(scene, library, generator):
         if asked.task == "scenes_position":
-            assert asked.answer in questions.OPPOSITE
+            assert asked.answer in places.OPPOSITE
         if asked.task == "scenes_count":
             assert 0 <= int(asked.answer) <= len(scene.things)
         if asked.task == "scenes_colour":
@@ -108,8 +108,8 @@ def test_relation_has_a_margin_and_is_antisymmetric() -> None:
     scene = Scene(Image.new("RGB", (200, 200)), [], "mixed", "white")
     one, other = Thing("a", "a", (10, 90, 30, 110), None), Thing("b", "b", (150, 90, 170, 110), None)
     near = Thing("c", "c", (20, 95, 40, 115), None)
-    assert (questions.relation(scene, one, other), questions.relation(scene, other, one)) == ("left", "right")
-    assert questions.relation(scene, one, near) is None
+    assert (places.relation(scene, one, other), places.relation(scene, other, one)) == ("left", "right")
+    assert places.relation(scene, one, near) is None
 
 
 def test_held_out_scenes_use_held_out_pictures_only(collected: Path) -> None:
@@ -157,7 +157,7 @@ def test_two_colours_have_no_name() -> None:
 def test_boxes_are_asked_of_single_things_to_the_nearest_step(collected: Path, seed: int, most: int | None) -> None:
     scene = compose(Library(collected, "train"), np.random.default_rng(seed), most=most)
     assert most is None or len(scene.things) <= most
-    asked = questions.boxes(scene, np.random.default_rng(seed))
+    asked = places.boxes(scene, np.random.default_rng(seed))
     single = {noun for noun, group in scene.groups().items() if len(group) == 1}
     assert len(asked) == min(4, len(single)) == len({one.answer for one in asked})
     for one in asked:
@@ -165,8 +165,8 @@ def test_boxes_are_asked_of_single_things_to_the_nearest_step(collected: Path, s
         assert one.box is not None
         assert f"<box>[{list(one.box)}]</box>" in one.answer
         for said, true in zip(one.box, scene.box_1000(scene.groups()[noun][0]), strict=True):
-            assert said % questions.COARSE == 0
-            assert abs(said - true) <= questions.COARSE
+            assert said % places.COARSE == 0
+            assert abs(said - true) <= places.COARSE
         assert noun in one.question
 
 

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from internvl.data import heldout_pocket, pictures, questions, scenes, words
+from internvl.data import heldout_pocket, pictures, places, questions, scenes, words
+from internvl.data.asked import Asked, with_suffix
 from internvl.data.library import Entry, Library
-from internvl.data.questions import Asked, with_suffix
 from internvl.data.scenes import Box
 
 QUALITY = 90
@@ -196,7 +196,7 @@ def make_boxes(shop: Shop, index: int) -> Made | None:
     """A scene, every other one with a single thing, where all that is asked is where things are."""
     rng = shop.generator("boxes", index)
     scene = scenes.compose(shop.library, rng, most=1 if index % 2 else None)
-    asked = questions.boxes(scene, rng)
+    asked = places.boxes(scene, rng)
     return (_of_scene(shop, "boxes", index, scene, asked, rng), []) if asked else None
 
 

@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from internvl.data import pictures, questions, scenes, words
+from internvl.data.asked import Asked
 from internvl.data.library import Entry, Library
-from internvl.data.questions import Asked
 
 QUALITY = 90
 STREAM = 100

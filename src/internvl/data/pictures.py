@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from internvl.data.asked import Asked, pick
 from internvl.data.library import Entry, Library
 from internvl.data.names import plural, with_article
-from internvl.data.questions import Asked, pick
 from internvl.data.scenes import Box, lay_ground
 
 _NAMING = ("What is this?", "What is shown in the picture?", "Name the object.", "What is in the picture?",

@@ -7,24 +7,18 @@ captions; `<ref>name</ref><box>[[x1, y1, x2, y2]]</box>` on the 0..1000 grid for
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from internvl.data import colours
+from internvl.data.asked import Asked, Task, lower, pick
 from internvl.data.library import Library
 from internvl.data.names import plural, with_article
 from internvl.data.packaged.common import set_of
-from internvl.data.scenes import SHAPES, Box, Scene, Thing
+from internvl.data.places import beside, box, position, region
+from internvl.data.scenes import SHAPES, Scene, Thing
 
-Task = str
-SHORT = "Answer the question using a single word or phrase."
-"""InternVL's own suffix of questions with short answers (official internvl_chat/eval/vqa)."""
-SHORT_TASKS = ("yesno", "colour", "count", "position")
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
-OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
-MARGIN, STEEPNESS = 0.15, 1.5
-"""Centres lie clearly beside each other: this share of the side apart, and that much more than across."""
 _SCENERY = set_of(
     "building house tower tree sky cloud person man woman people flower plant leaf grass car water windmill "
     "castle temple monument statue mountain road bridge boat flag window gate dome church palace bird sun "
@@ -33,23 +27,6 @@ _SCENERY = set_of(
 )
 """What a photo in the background may show by itself: never asked for in vain there."""
 _BODY = ("person", "body part")
-
-
-@dataclass(frozen=True)
-class Asked:
-    task: Task
-    question: str
-    answer: str
-    accept: tuple[str, ...] = ()
-    box: Box | None = None
-
-
-COARSE = 20
-"""Of 1000: a token of a tile of 224 px covers 125, and digits that nobody can know are noise to learn from."""
-
-
-def pick(options: tuple[str, ...] | list[str], generator: np.random.Generator) -> str:
-    return options[int(generator.integers(len(options)))]
 
 
 def ask(scene: Scene, library: Library, generator: np.random.Generator, task: Task) -> Asked | None:
@@ -73,21 +50,6 @@ def conversation(scene: Scene, library: Library, generator: np.random.Generator)
     return list(asked.values())
 
 
-def with_suffix(asked: Asked, generator: np.random.Generator, share: float = 0.2) -> str:
-    """The question, a fifth of the short ones with InternVL's suffix."""
-    if asked.task.removeprefix("scenes_") in SHORT_TASKS and generator.random() < share:
-        return f"{asked.question}\n{SHORT}"
-    return asked.question
-
-
-def _lower(text: str, generator: np.random.Generator) -> str:
-    """Now and then as people type: no capital, no question mark."""
-    draw = generator.random()
-    if draw < 0.12:
-        return text[0].lower() + text[1:]
-    return (text[0].lower() + text[1:]).rstrip("?.") if draw < 0.18 else text
-
-
 def yesno(scene: Scene, library: Library, generator: np.random.Generator) -> Asked | None:
     wanted = generator.random() < 0.5
     noun = _present(scene, generator) if wanted else _absent(scene, library, generator)
@@ -98,7 +60,7 @@ def yesno(scene: Scene, library: Library, generator: np.random.Generator) -> Ask
                  f"Does the picture show {one}?", f"Can you see {one}?", f"Does the image contain {one}?",
                  f"Do you see {one} here?", f"Are there any {many} in the picture?", f"Is {one} visible?",
                  f"Is {one} present in this image?"), generator)  # fmt: skip
-    return Asked("scenes_yesno", _lower(text, generator), "yes" if wanted else "no")
+    return Asked("scenes_yesno", lower(text, generator), "yes" if wanted else "no")
 
 
 def _present(scene: Scene, generator: np.random.Generator) -> str:
@@ -167,14 +129,14 @@ def colour(scene: Scene, library: Library, generator: np.random.Generator) -> As
     if thing.entry is None and len(same) == 1 and generator.random() < 0.25:
         text = pick((f"What shape is {thing.colour}?", f"What is the {thing.colour} shape?",
                      f"What is the shape of the {thing.colour} object?"), generator)  # fmt: skip
-        return Asked("scenes_shape", _lower(text, generator), noun)
+        return Asked("scenes_shape", lower(text, generator), noun)
     hue = pick(("color", "colour"), generator)
     text = pick((f"What {hue} is the {noun}?", f"What is the {hue} of the {noun}?",
                  f"Which {hue} does the {noun} have?",
                  f"What {hue} is the {noun} in the picture?", f"Name the {hue} of the {noun}.",
                  f"Tell me the {hue} of the {noun}.",
                  f"The {noun} is what {hue}?", f"Which {hue} is the {noun}?"), generator)  # fmt: skip
-    return Asked("scenes_colour", _lower(text, generator), str(thing.colour))
+    return Asked("scenes_colour", lower(text, generator), str(thing.colour))
 
 
 def count(scene: Scene, library: Library, generator: np.random.Generator) -> Asked | None:
@@ -186,7 +148,7 @@ def count(scene: Scene, library: Library, generator: np.random.Generator) -> Ask
                  f"How many {many} can you see?",
                  f"Count the {many}.", f"What is the number of {many}?", f"How many {many} does the image show?",
                  f"Tell me how many {many} there are.", f"How many {many} are shown here?"), generator)  # fmt: skip
-    return Asked("scenes_count", _lower(text, generator), str(number))
+    return Asked("scenes_count", lower(text, generator), str(number))
 
 
 def _counted(scene: Scene, library: Library, generator: np.random.Generator) -> tuple[str | None, int]:
@@ -206,96 +168,6 @@ def _counted(scene: Scene, library: Library, generator: np.random.Generator) -> 
     return noun, len(groups[noun])
 
 
-def position(scene: Scene, library: Library, generator: np.random.Generator) -> Asked | None:
-    pair = _pair(scene, generator)
-    if pair is None:
-        return None
-    one, other, side = pair
-    a, b = f"the {one.noun}", f"the {other.noun}"
-    if generator.random() < 0.12:
-        beside = f"to the {side} of" if side in ("left", "right") else side
-        truth = generator.random() < 0.5
-        asked = beside if truth else (f"to the {OPPOSITE[side]} of" if side in ("left", "right") else OPPOSITE[side])
-        return Asked("scenes_position_yesno", _lower(f"Is {a} {asked} {b}?", generator), "yes" if truth else "no")
-    forms: tuple[str, ...]
-    if side in ("left", "right"):
-        forms = (f"Is {a} to the left or to the right of {b}?", f"Is {a} left or right of {b}?",
-                 f"On which side of {b} is {a}, left or right?")  # fmt: skip
-    else:
-        forms = (f"Is {a} above or below {b}?", f"Is {a} higher or lower than {b}: above or below?")
-    every = (f"Where is {a} relative to {b}: left, right, above or below?",
-             f"Where is {a} compared to {b}, left, right, above or below?",
-             f"Is {a} left of, right of, above or below {b}?")  # fmt: skip
-    return Asked("scenes_position", _lower(pick((*forms, *every), generator), generator), side)
-
-
-def _pair(scene: Scene, generator: np.random.Generator) -> tuple[Thing, Thing, str] | None:
-    single = [group[0] for group in scene.groups().values() if len(group) == 1]
-    pairs = []
-    for one in single:
-        for other in single:
-            side = None if one is other else relation(scene, one, other)
-            if side:
-                pairs.append((one, other, side))
-    return pairs[int(generator.integers(len(pairs)))] if pairs else None
-
-
-def relation(scene: Scene, one: Thing, other: Thing) -> str | None:
-    """Where `one` is, seen from `other`; None without a clear margin."""
-    width, height = scene.image.size
-    across = (one.centre[0] - other.centre[0]) / width
-    down = (one.centre[1] - other.centre[1]) / height
-    if abs(across) > MARGIN and abs(across) > STEEPNESS * abs(down):
-        return "left" if across < 0 else "right"
-    if abs(down) > MARGIN and abs(down) > STEEPNESS * abs(across):
-        return "above" if down < 0 else "below"
-    return None
-
-
-def box(scene: Scene, library: Library, generator: np.random.Generator, single: bool = False) -> Asked | None:
-    groups = {noun: group for noun, group in scene.groups().items() if len(group) <= (1 if single else 4)}
-    if not groups:
-        return None
-    return _box_of(scene, pick(sorted(groups), generator), generator)
-
-
-def boxes(scene: Scene, generator: np.random.Generator, most: int = 4) -> list[Asked]:
-    """Where each thing is of which there is one, in any order, to the nearest `COARSE`: nothing else is asked."""
-    single = sorted(noun for noun, group in scene.groups().items() if len(group) == 1)
-    return [_box_of(scene, str(noun), generator, COARSE) for noun in generator.permutation(single)[:most]]
-
-
-def _box_of(scene: Scene, noun: str, generator: np.random.Generator, step: int = 1) -> Asked:
-    boxes = sorted(tuple(_rounded(edge, step) for edge in scene.box_1000(thing)) for thing in scene.groups()[noun])
-    listed = ", ".join(f"[{a}, {b}, {c}, {d}]" for a, b, c, d in boxes)
-    referred = noun if len(boxes) == 1 else plural(noun)
-    # the wording of InternVL's own grounding evaluation for half of the questions
-    official = (
-        f"Please provide the bounding box coordinate of the region this sentence describes: <ref>the {referred}</ref>"
-    )
-    text = official if generator.random() < 0.5 else _lower(pick((
-        f"Where is the {noun}?" if len(boxes) == 1 else f"Where are the {referred}?", f"Locate the {referred}.",
-        f"Find the {referred} in the picture.", f"Give the bounding box of the {referred}.",
-        f"Detect the {referred}.", f"Show me where the {referred} {'is' if len(boxes) == 1 else 'are'}.",
-        f"Box the {referred}."), generator), generator)  # fmt: skip
-    answer = f"<ref>the {referred}</ref><box>[{listed}]</box>"
-    left, top, right, bottom = boxes[0]
-    return Asked("scenes_box", text, answer, box=(left, top, right, bottom) if len(boxes) == 1 else None)
-
-
-def _rounded(edge: int, step: int) -> int:
-    return edge if step == 1 else min(1000 - step, step * round(edge / step))
-
-
-def region(scene: Scene, library: Library, generator: np.random.Generator) -> Asked | None:
-    thing = scene.things[int(generator.integers(len(scene.things)))]
-    a, b, c, d = scene.box_1000(thing)
-    place = f"<box>[[{a}, {b}, {c}, {d}]]</box>"
-    text = pick((f"Please provide a short description for this region: {place}", f"What is in the region {place}?",
-                 f"What is shown at {place}?", f"Name the object in {place}."), generator)  # fmt: skip
-    return Asked("scenes_region", text, with_article(thing.noun))
-
-
 def caption(scene: Scene, library: Library, generator: np.random.Generator) -> Asked:
     parts = [
         with_article(noun) if len(group) == 1 else f"{NUMBERS[len(group)]} {plural(noun)}"
@@ -306,17 +178,7 @@ def caption(scene: Scene, library: Library, generator: np.random.Generator) -> A
                  "List what you see in the image.", "What can be seen here?"), generator)  # fmt: skip
     listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
     ground = f" on a {scene.ground} background" if scene.ground in colours.NAMES else ""
-    return Asked("scenes_caption", _lower(text, generator), f"The picture shows {listed}{ground}.")
-
-
-def beside(scene: Scene, library: Library, generator: np.random.Generator) -> Asked | None:
-    """What stands left of, right of, above or below one thing, where only two stand in the scene."""
-    pair = _pair(scene, generator) if len(scene.things) == 2 else None
-    if pair is None:
-        return None
-    one, other, side = pair
-    where = f"to the {side} of" if side in ("left", "right") else side
-    return Asked("scenes_beside", _lower(f"What is {where} the {other.noun}?", generator), with_article(one.noun))
+    return Asked("scenes_caption", lower(text, generator), f"The picture shows {listed}{ground}.")
 
 
 MAKERS: dict[Task, Callable[[Scene, Library, np.random.Generator], Asked | None]] = {

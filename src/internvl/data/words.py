@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from internvl.data import colours
+from internvl.data.asked import Asked, pick
 from internvl.data.library import Library, Split
-from internvl.data.questions import Asked, pick
 from internvl.data.scenes import Box, crop_photo
 
 HELD_OUT_PER_MILLE = 120
