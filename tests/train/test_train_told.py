@@ -141,6 +141,22 @@ def test_the_encoder_sees_what_is_not_told_and_nothing_else(records: Path) -> No
     torch.testing.assert_close(visual[prepared.said.tiles], told_of(stage).tokens(prepared.said))
 
 
+@pytest.mark.parametrize(("ranks", "runs"), [(1, 0), (2, 1)])
+def test_of_several_ranks_none_leaves_the_encoder_out(
+    records: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, runs: int
+) -> None:
+    records.write_text(records.read_text().splitlines()[0] + "\n")
+    stage = begun(records)
+    prepared = first_batch(stage)
+    seen: list[int] = []
+    look = stage._features
+    stage._features = lambda tiles: seen.append(len(tiles)) or look(tiles)  # type: ignore[method-assign,func-returns-value]
+    monkeypatch.setattr("internvl.parallel.collectives.num_ranks", lambda: ranks)
+    visual = stage._visual(prepared)
+    assert len(visual) == prepared.batch.num_tiles > 0
+    assert len(seen) == runs
+
+
 def test_a_share_of_nothing_is_plain_training(records: Path) -> None:
     plain, told = begun(records, told=0.0), begun(records, told=1e-12)
     torch.testing.assert_close(plain.losses(first_batch(plain)), told.losses(first_batch(told)))

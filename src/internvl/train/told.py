@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class Told:
         tiles: list[int] = []
         pairs: list[tuple[int, int]] = []
         placed: list[tuple[int, list[int]]] = []
-        for first, count, source in zip(_firsts(counts), counts, batch.sources, strict=True):
+        for first, count, source in zip(accumulate([0, *counts[:-1]]), counts, batch.sources, strict=True):
             regions = self._regions(source) if count == 1 else None
             if not regions or drawn(source) >= self.share:
                 continue
@@ -113,11 +114,3 @@ class Told:
 def drawn(source: str) -> float:
     """A number in [0, 1) that belongs to a record: the same whenever it comes, so that a run resumes exactly."""
     return int.from_bytes(hashlib.blake2b(source.encode(), digest_size=7).digest(), "big") / 2**56
-
-
-def _firsts(counts: Iterable[int]) -> list[int]:
-    found, total = [], 0
-    for count in counts:
-        found.append(total)
-        total += count
-    return found

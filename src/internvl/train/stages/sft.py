@@ -208,8 +208,8 @@ class Sft:
         if said is None or self.told is None:
             return self._shown(prepared.batch.tiles, prepared.digests)
         told = self.told.tokens(said)
-        if not len(said.looked):
-            return told
+        if not len(said.looked) and collectives.num_ranks() == 1:
+            return told  # of several ranks none leaves the encoder out, even if it looks at nothing
         digests = tuple(prepared.digests[int(k)] for k in said.looked) if prepared.digests else ()
         seen = self._shown(prepared.batch.tiles[said.looked], digests)
         out = seen.new_zeros(prepared.batch.num_tiles, *seen.shape[1:])
