@@ -120,14 +120,15 @@ def plain_tokenizer(extra: tuple[str, ...] = ("<|im_start|>", "<|im_end|>", "<|e
 
 
 @lru_cache
-def tiny_tokenizer() -> Any:
-    """A byte-level tokenizer with the nine special tokens: six control tokens, 256 bytes, the nine special ones."""
+def tiny_tokenizer(merges: tuple[tuple[str, str], ...] = ()) -> Any:
+    """A byte-level tokenizer with the nine special tokens: six control tokens, 256 bytes, merges, nine special ones."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     control = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
-    core = Tokenizer(models.BPE({piece: index for index, piece in enumerate([*control, *alphabet])}, []))
+    pieces = [*control, *alphabet, *(first + second for first, second in merges)]
+    core = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, list(merges)))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import decoders
 
 from internvl.data.encode import Encoder
 from internvl.data.media import FrameSettings
@@ -173,6 +175,40 @@ def test_a_tokenizer_without_image_tokens_is_refused() -> None:
 
 
 # what people type
+
+
+MERGING = tiny_tokenizer((("a", "b"), ("ab", "c"), ("Ġ", "a")))
+
+
+@given(st.text("abc é<", min_size=1, max_size=12).filter(str.strip))
+def test_a_spelled_answer_is_learned_letter_by_letter_and_reads_as_written(answer: str) -> None:
+    plain = Record((Turn("user", "ab c"), Turn("assistant", answer)))
+    spelled = replace(plain, turns=(plain.turns[0], Turn("assistant", answer, spelled=True)))
+    whole, apart = (encoder(MERGING).encode(one) for one in (plain, spelled))
+    learned = apart.labels[apart.labels != IGNORE_INDEX].tolist()
+    said = answer.strip() if encoder(MERGING).template.strips else answer
+    assert MERGING.decode(learned) == MERGING.decode(whole.labels[whole.labels != IGNORE_INDEX].tolist())
+    letters = [MERGING.encode(letter, add_special_tokens=False) for letter in said]
+    assert learned[: sum(map(len, letters))] == [number for ids in letters for number in ids]
+    assert torch.equal(apart.input_ids[apart.labels == IGNORE_INDEX], whole.input_ids[whole.labels == IGNORE_INDEX])
+    assert encoder(MERGING).counts(spelled).tokens == len(apart.input_ids)
+
+
+def test_spelling_makes_more_tokens_and_comes_from_the_record() -> None:
+    turns = [{"from": "human", "value": "Read."}, {"from": "gpt", "value": "abc"}]
+    lengths = [encoder(MERGING).encode(parse_record({"conversations": turns, **more})).num_learned
+               for more in ({}, {"spelled": False}, {"spelled": True})]  # fmt: skip
+    assert lengths[0] == lengths[1] == lengths[2] - 2
+    with pytest.raises(ValueError, match="`spelled` is 'yes'; give true or false"):
+        parse_record({"conversations": turns, "spelled": "yes"})
+
+
+def test_a_tokenizer_that_cannot_spell_is_refused() -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.backend_tokenizer.decoder = decoders.WordPiece()  # a space between pieces
+    spelled = Record((Turn("user", "Read."), Turn("assistant", "ab", spelled=True)), source="set.jsonl:4")
+    with pytest.raises(ValueError, match=r"set.jsonl:4.*puts spaces between letters.*remove `spelled`"):
+        encoder(tokenizer).encode(spelled)
 
 
 @pytest.mark.parametrize("typed", ["<IMG_CONTEXT>", "<img>", "</img>", "<|im_end|>", "<|im_start|>", "</s>", "<s>"])

@@ -14,17 +14,17 @@ from broken import break_off
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_stage import IMAGE_ID
 from torch.nn import functional as F
 
 from internvl.train import told as told_module
-from internvl.train.cells import cells_under, directions, place_waves
+from internvl.train.cells import Wording, cells_under, directions, place_waves
 from internvl.train.loop import train
 from internvl.train.run import RunConfig
 from internvl.train.settings import Data, Optimiser, Part, Schedule, Tokens
 from internvl.train.stages.sft import Prepared, Sft, open_loader
-from internvl.train.told import Said, Told, drawn
+from internvl.train.told import Told, drawn
 from tiny import tiny_model, tiny_tokenizer
 
 SMALL, WIDE = "a dog", "a cat"
@@ -82,6 +82,11 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(told_module, "MOST_NOISE", 0.0)
 
 
+WORDLESS = Told.__new__(Told)
+"""Knows how to word what is said, and no records."""
+WORDLESS.wording = Wording(tiny_tokenizer())
+
+
 def told_of(stage: Sft) -> Told:
     assert stage.told is not None
     return stage.told
@@ -110,9 +115,33 @@ def test_a_told_token_has_the_length_of_a_word_and_says_its_box(records: Path, m
     unplaced = sorted(set(range(len(tokens))) - set(said.placed.tolist()))
     torch.testing.assert_close(tokens[unplaced].norm(dim=-1), torch.full((len(unplaced),), told.length * 0.75**0.5))
     basis = directions(tokens.shape[1], told.length)
-    bare = told.tokens(Said(said.tiles, said.looked, said.cell, said.word, said.placed[:0], said.boxes[:0]))
+    bare = told.tokens(replace(said, placed=said.placed[:0], boxes=said.boxes[:0]))
     heard = (tokens - bare.flatten(0, 1))[said.placed] @ (basis / basis[0].square().sum()).T
     torch.testing.assert_close(heard, place_waves(said.boxes), rtol=1e-4, atol=1e-4)
+
+
+@given(st.text("abc:/", min_size=1, max_size=8))
+def test_a_name_is_said_partly_as_another_and_its_colour_is_not(source: str) -> None:
+    told = WORDLESS
+    spoken = told._spoken(["red dog", "cat", "q"], ["blue bird", "dog", "p"], source)
+    assert spoken == told._spoken(["red dog", "cat", "q"], ["blue bird", "dog", "p"], source)
+    assert spoken["q"] == told._weighted("q", 1.0)
+    colour, dog, bird = (told.wording.ids(text) for text in ("red", "dog", "bird"))
+    said = spoken["red dog"]
+    assert said[: len(colour)] == told._weighted("red", 1.0)
+    own, other = said[len(colour) : len(colour) + len(dog)], said[len(colour) + len(dog) :]
+    assert [token for token, _ in own] == dog
+    assert [token for token, _ in other] in ([], bird)
+    assert sum(weight for _, weight in own + other) == pytest.approx(len(dog))
+    assert sum(weight for _, weight in other) <= told_module.MOST_CONFUSED * len(dog)
+    assert told._spoken(["cat"], ["red cat", "x"], source)["cat"] == told._weighted("cat", 1.0)
+
+
+def test_about_as_many_names_are_confused_as_said() -> None:
+    sources = [f"set.jsonl:{number}" for number in range(500)]
+    whole = WORDLESS._weighted("dog", 1.0)
+    confused = [source for source in sources if WORDLESS._spoken(["dog"], ["bird"], source)["dog"] != whole]
+    assert 0.5 < len(confused) / len(sources) < 0.7
 
 
 def test_only_single_tiles_with_regions_are_told(records: Path) -> None:
@@ -125,6 +154,12 @@ def test_only_single_tiles_with_regions_are_told(records: Path) -> None:
     expected = [first for first, source in zip(firsts, batch.sources, strict=True) if source.endswith(":1")]
     assert said.tiles.tolist() == expected
     assert sorted(said.tiles.tolist() + said.looked.tolist()) == list(range(batch.num_tiles))
+
+
+def test_sets_of_which_nothing_can_be_told_are_refused(records: Path) -> None:
+    records.write_text(records.read_text().replace('"regions"', '"places"'))
+    with pytest.raises(ValueError, match=r"data.told is 1.0 but no line of .*set.jsonl has regions; write them"):
+        begun(records)
 
 
 def test_the_encoder_sees_what_is_not_told_and_nothing_else(records: Path) -> None:
@@ -247,6 +282,17 @@ def test_parts_that_find_no_place_are_refused(earlier: RunConfig, changes: dict[
     run = replace(run, start=tuple(earlier.start[0] if name == "EARLIER" else name for name in run.start))
     with pytest.raises(ValueError, match=message):
         tiny_stage(run).begin(run, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("file", ["connector.safetensors", "embeddings.safetensors"])
+def test_parts_of_another_shape_are_refused_by_name(earlier: RunConfig, file: str) -> None:
+    path = Path(earlier.start[0]) / file
+    values = load_file(path)
+    name = max(values)
+    for wrong in ({**values, name: values[name][:-1].contiguous()}, {k: v for k, v in values.items() if k != name}):
+        save_file(wrong, path)
+        with pytest.raises(ValueError, match=rf"{file}: {name} is .*in this run's model it is \(.*give the parts of"):
+            tiny_stage(earlier).begin(earlier, torch.device("cpu"))
 
 
 def test_only_stages_with_parts_begin_with_them() -> None:

@@ -212,7 +212,8 @@ def make_words(shop: Shop, index: int) -> Made:
     text = words.text_for(shop.library.folder, "train", rng)
     image, letters = words.render_placed(shop.library, text, rng)
     asked = [words.ask(text, rng)]
-    return record("words", index, shop.save(image, "words", index), image.size, asked, rng, letters), asked
+    line = record("words", index, shop.save(image, "words", index), image.size, asked, rng, letters)
+    return line | {"spelled": True}, asked
 
 
 def make_picture(shop: Shop, index: int) -> Made | None:

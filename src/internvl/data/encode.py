@@ -142,7 +142,7 @@ class Encoder:
             shown = (IMAGE_MARK * turn.text.count(IMAGE_MARK) for turn in turns)
             turns = [t if t.role == "assistant" else Turn(t.role, mark) for t, mark in zip(turns, shown, strict=True)]
         if template.strips:
-            turns = [Turn(turn.role, turn.text.strip()) for turn in turns]
+            turns = [turn._replace(text=turn.text.strip()) for turn in turns]
         if template.drops_leading_answer and turns[0].role == "assistant":
             turns = turns[1:]
         return layout(turns, template, self.config.system_message)

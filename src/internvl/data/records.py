@@ -74,6 +74,7 @@ KNOWN_FIELDS = frozenset(
         "width_list",
         "height_list",
         "regions",
+        "spelled",
     )
 )
 
@@ -151,6 +152,8 @@ def parse_record(data: Mapping[str, Any], root: str = "", source: str = "record"
             "marks", f"{source}: {len(videos)} videos and {len(images)} images; one video, or images alone"
         )
     turns = _with_marks(turns, len(images), len(videos), source)
+    if _spelled(data.get("spelled"), source):
+        turns = tuple(turn._replace(spelled=turn.role == "assistant") for turn in turns)
     return Record(
         turns=turns,
         images=tuple(images),
@@ -212,6 +215,12 @@ def _clip(value: Any, source: str) -> tuple[float, float] | None:
     if not numbers or not 0 <= value[0] < value[1] <= _LONGEST_S:
         raise RecordError("fields", f"{source}: `clip` is {brief(value)}; give [start, end] in seconds")
     return float(value[0]), float(value[1])
+
+
+def _spelled(value: Any, source: str) -> bool:
+    if value is not None and not isinstance(value, bool):
+        raise RecordError("fields", f"{source}: `spelled` is {brief(value)}; give true or false")
+    return bool(value)
 
 
 def _with_marks(turns: tuple[Turn, ...], num_images: int, num_videos: int, source: str) -> tuple[Turn, ...]:

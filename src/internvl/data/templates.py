@@ -146,6 +146,8 @@ class Turn(NamedTuple):
 
     role: Role
     text: str
+    spelled: bool = False
+    """An answer that is learned letter by letter."""
 
 
 class Piece(NamedTuple):
@@ -157,6 +159,8 @@ class Piece(NamedTuple):
     """Written by a user or a model: special tokens in it are only text."""
     takes_images: bool = False
     """Its `<image>` marks stand for pictures."""
+    spelled: bool = False
+    """Each letter is a token of its own, or several."""
 
 
 def find_template(template: str | Template) -> Template:
@@ -246,7 +250,7 @@ def layout(
         if not turn.text:  # official: an empty text leaves its turn open
             continue
         pieces.append(Piece(template.gap, learned=is_answer))
-        pieces.append(Piece(turn.text, learned=is_answer, is_content=True, takes_images=not is_answer))
+        pieces.append(Piece(turn.text, is_answer, True, takes_images=not is_answer, spelled=turn.spelled))
         pieces.append(Piece(template.assistant_end if is_answer else template.user_end, learned=is_answer))
         if is_answer:
             pieces.append(Piece(template.assistant_tail))

@@ -103,11 +103,14 @@ class Tokeniser:
         return Tokens(array, np.asarray(learned, bool), np.flatnonzero(array == self.image_token_id))
 
     def _runs(self, pieces: Iterable[Piece]) -> Iterator[tuple[str, list[tuple[int, int]], bool]]:
-        """Runs of text with their learned spans; a special token that someone wrote is a run of its own, plain."""
+        """Runs of text with their learned spans; a special token that someone wrote is a run of its own, plain.
+
+        So is each letter of what is spelled.
+        """
         text: str = ""
         spans: list[tuple[int, int]] = []
         for piece in pieces:
-            for part, is_plain in self._split(piece):
+            for part, is_plain in self._split(piece) if not piece.spelled else self._letters(piece):
                 if is_plain:
                     if text:
                         yield text, spans, False
@@ -119,6 +122,21 @@ class Tokeniser:
                 text += part
         if text:
             yield text, spans, False
+
+    def _letters(self, piece: Piece) -> Iterator[tuple[str, bool]]:
+        if not self._can_spell:
+            raise ValueError(
+                "the record is `spelled`, but this tokenizer puts spaces between letters that are tokens of their own: "
+                "its answer would not read as written; remove `spelled`"
+            )
+        for letter in piece.text:
+            yield letter, True
+
+    @cached_property
+    def _can_spell(self) -> bool:
+        """Whether texts tokenised letter by letter are decoded to what they were."""
+        ids = [number for letter in "a bC" for number in self._plain_core.encode(letter, add_special_tokens=False).ids]
+        return bool(self._core.decode(ids) == "a bC")
 
     def _split(self, piece: Piece) -> Iterator[tuple[str, bool]]:
         if not piece.is_content:

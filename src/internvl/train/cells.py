@@ -50,7 +50,7 @@ class Picture:
     cells: list[list[str]]
     """Texts of the regions under each token, row by row; none: background."""
     boxes: list[list[int] | None]
-    """The first region under each token: left, top, right, bottom on the 0..1000 grid; None: nothing, or a letter."""
+    """The first region under each token: left, top, right, bottom on the 0..1000 grid; None: nothing."""
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from internvl.train.run import RunConfig
 
@@ -25,16 +25,14 @@ def begin_from(folders: Sequence[str], model: ChatModel, run: RunConfig, rows: n
 
     found = 0
     if paths := _in_all(folders, CONNECTOR):
-        for name, value in adapters.mean(paths).items():
-            model.connector.get_parameter(name).copy_(value)
+        _give(model.connector, adapters.mean(paths), paths[0])
         found += 1
     if paths := _in_all(folders, EMBEDDINGS):
         if rows is None:
             raise ValueError(
                 f"{paths[0]}: token rows, but tokens.learn is off; set --tokens.learn, or move the file away"
             )
-        for name, value in adapters.mean(paths).items():
-            rows.get_parameter(name).copy_(value)
+        _give(rows, adapters.mean(paths), paths[0])
         found += 1
     for part in ("vision", "language"):
         paths = _in_all(folders, part)
@@ -48,6 +46,18 @@ def begin_from(folders: Sequence[str], model: ChatModel, run: RunConfig, rows: n
             found += 1
     if not found:
         raise ValueError(f"start is {', '.join(folders)}, where there are no parts; give the folder `parts` of a run")
+
+
+def _give(module: nn.Module, values: Mapping[str, Tensor], path: Path) -> None:
+    own = dict(module.named_parameters())
+    for name in sorted(own.keys() | values.keys()):
+        mine, given = (tuple(side[name].shape) if name in side else None for side in (own, values))
+        if mine != given:
+            raise ValueError(
+                f"{path}: {name} is {given or 'not there'}, in this run's model it is {mine or 'not there'}; give the "
+                "parts of a run of the same model, or the --model of that run"
+            )
+        own[name].copy_(values[name])
 
 
 def _in_all(folders: Sequence[str], name: str) -> list[Path]:

@@ -14,18 +14,26 @@ from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from internvl.batch import ChatBatch
+from internvl.data import colours
 from internvl.data.mixture import DataSet
 from internvl.models.chat import ChatModel
 from internvl.train.cells import BACKGROUND, PLACE_SHARE, Wording, cells_under, directions, place_waves
 
 LEAST_NOISE, MOST_NOISE = 0.2, 1.5
 """Length of what is added to the tokens of a picture, in lengths of what is said: a connector is never this sure."""
+CONFUSED, MOST_CONFUSED = 0.6, 0.7
+"""Share of names that are said together with that of a thing from another record, and the most that the other takes of
+what is said: an encoder that never saw a thing takes it in part for another one."""
+
+Weighted = list[tuple[int, float]]
+"""Token ids, each with its share of what is said."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class Said:
     """Token among those of the tiles that are said."""
     word: Int[Tensor, " pairs"]
     """Token id."""
+    weight: Float[Tensor, " pairs"]
     placed: Int[Tensor, " placed"]
     boxes: Float[Tensor, "placed 4"]
 
@@ -46,7 +55,7 @@ class Said:
 
 
 class Told:
-    """Says the tiles of records that have regions and one tile; `share` of them, by a hash of their place."""
+    """Says the tiles of JSONL records that have regions and one tile; `share` of them, by a hash of their place."""
 
     def __init__(self, model: ChatModel, tokenizer: Any, sets: Sequence[DataSet], share: float) -> None:
         if model.config.num_queries:
@@ -62,31 +71,40 @@ class Told:
         self.table = model.language.model.get_input_embeddings().weight.detach()
         self.length = float(self.table.float().norm(dim=-1).mean())
         self.places = {data.source(k): (n, k) for n, data in enumerate(sets) for k in range(len(data))}
+        if not any(b'"regions"' in data.raw(k) for data in sets for k in range(len(data))):
+            raise ValueError(
+                f"data.told is {share} but no line of {', '.join(data.annotation for data in sets)} has regions; write "
+                "them with `internvl data build`, or set --data.told 0"
+            )
 
     def said(self, batch: ChatBatch) -> Said:
         """Of the tiles of `batch`, those that regions describe."""
         counts = [int(n) // self.side**2 for n in batch.input_ids.eq(self.image_token_id).sum(1)]
+        found = [self._regions(s) if n == 1 else None for n, s in zip(counts, batch.sources, strict=True)]
         tiles: list[int] = []
-        pairs: list[tuple[int, int]] = []
+        pairs: list[tuple[int, int, float]] = []
         placed: list[tuple[int, list[int]]] = []
-        for first, count, source in zip(accumulate([0, *counts[:-1]]), counts, batch.sources, strict=True):
-            regions = self._regions(source) if count == 1 else None
+        for row, (first, source) in enumerate(zip(accumulate([0, *counts[:-1]]), batch.sources, strict=True)):
+            regions = found[row]
             if not regions or drawn(source) >= self.share:
                 continue
             start = len(tiles) * self.side**2
             tiles.append(first)
+            others = [region["text"] for one in (*found[row + 1 :], *found[:row]) for region in one or ()]
+            spoken = self._spoken([region["text"] for region in regions], others, source)
             for place, under in enumerate(cells_under(regions, self.side)):
-                texts = [regions[k]["text"] for k in under] or [BACKGROUND]
-                pairs += [(start + place, token) for text in texts for token in self.wording.ids(text)]
-                if under and len(texts[0]) > 1:
+                said = [spoken[regions[k]["text"]] for k in under] or [self._weighted(BACKGROUND, 1.0)]
+                pairs += [(start + place, token, weight) for words in said for token, weight in words]
+                if under:
                     placed.append((start + place, regions[under[0]]["box"]))
         looked = sorted(set(range(batch.num_tiles)) - set(tiles))
-        cells, words = zip(*pairs, strict=True) if pairs else ((), ())
+        cells, words, weights = zip(*pairs, strict=True) if pairs else ((), (), ())
         return Said(
             torch.tensor(tiles, dtype=torch.long),
             torch.tensor(looked, dtype=torch.long),
             torch.tensor(cells, dtype=torch.long),
             torch.tensor(words, dtype=torch.long),
+            torch.tensor(weights, dtype=torch.float32),
             torch.tensor([cell for cell, _ in placed], dtype=torch.long),
             torch.tensor([box for _, box in placed], dtype=torch.float32).reshape(-1, 4) / 1000,
         )
@@ -94,9 +112,9 @@ class Told:
     @torch.no_grad()
     def tokens(self, said: Said) -> Float[Tensor, "said tokens width"]:
         """Mean of the words' directions and the waves of the box, as long as a word embedding, and noise."""
-        words = self.table[said.word].float()
+        words = F.normalize(self.table[said.word].float(), dim=-1) * said.weight[:, None]
         count = len(said.tiles) * self.side**2
-        named = words.new_zeros(count, words.shape[1]).index_add(0, said.cell, F.normalize(words, dim=-1))
+        named = words.new_zeros(count, words.shape[1]).index_add(0, said.cell, words)
         amount = torch.empty(len(said.tiles), 1, 1).uniform_(LEAST_NOISE, MOST_NOISE).to(words.device)
         named = F.normalize(named, dim=-1).view(-1, self.side**2, words.shape[1])
         noise = torch.randn(named.shape).to(named) * amount / math.sqrt(words.shape[1])
@@ -104,11 +122,41 @@ class Told:
         waves = place_waves(said.boxes) @ directions(words.shape[1], self.length).to(words.device)
         return out.index_add(0, said.placed, waves.float()).view(-1, self.side**2, words.shape[1])
 
+    def _spoken(self, texts: Sequence[str], others: Sequence[str], source: str) -> dict[str, Weighted]:
+        """Token ids of each text with their weights; now and then partly those of another thing, colours apart."""
+        rng = np.random.default_rng(list(source.encode()))
+        names = sorted({_colour_and_name(text)[1] for text in others if len(text) > 1})
+        spoken = {}
+        for text in dict.fromkeys(texts):
+            colour, name = _colour_and_name(text)
+            strangers = [other for other in names if other != name]
+            taken = rng.uniform(0, MOST_CONFUSED) if rng.random() < CONFUSED else 0.0
+            if len(text) == 1 or not strangers or not taken:
+                spoken[text] = self._weighted(text, 1.0)
+                continue
+            other = strangers[int(rng.integers(len(strangers)))]
+            size = len(self.wording.ids(name))
+            spoken[text] = [
+                *(self._weighted(colour, 1.0) if colour else ()),
+                *self._weighted(name, 1 - taken),
+                *self._weighted(other, taken * size / len(self.wording.ids(other))),
+            ]
+        return spoken
+
+    def _weighted(self, text: str, weight: float) -> Weighted:
+        return [(token, weight) for token in self.wording.ids(text)]
+
     def _regions(self, source: str) -> list[dict[str, Any]] | None:
         number, position = self.places[source]
-        line = self.sets[number].lines.read(position)
+        line = self.sets[number].raw(position)
         found: list[dict[str, Any]] | None = json.loads(line).get("regions") if b'"regions"' in line else None
         return found
+
+
+def _colour_and_name(text: str) -> tuple[str, str]:
+    """ "red apple": red, apple; the colour is empty where none is said."""
+    colour, _, name = text.partition(" ")
+    return (colour, name) if name and colour in colours.NAMES else ("", text)
 
 
 def drawn(source: str) -> float:

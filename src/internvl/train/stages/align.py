@@ -157,7 +157,7 @@ class Align(PictureStage[Cells]):
         regions = line["regions"]
         under = cells_under(regions, self.side)
         texts = [[regions[k]["text"] for k in cell] for cell in under]
-        boxes = [regions[cell[0]]["box"] if cell and len(regions[cell[0]]["text"]) > 1 else None for cell in under]
+        boxes = [regions[cell[0]]["box"] if cell else None for cell in under]
         digest = features.digests(tile)[0] if self.store is not None else b""
         picture = Picture(data.source(position), tile, digest, texts, boxes)
         if self.store is not None:
