@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from internvl.data import build_pocket, colours, places, questions, scenes, words
+from internvl.data import build_pocket, colours, heldout_pocket, places, questions, scenes, words
 from internvl.data.library import Library
 from internvl.data.scenes import Scene, Thing, compose
+from internvl.evaluate.heldout import read_heldout
 
 HEADS = ("dog", "cat", "cup", "kite", "leaf", "drum", "boat", "lamp")
 
@@ -118,6 +119,24 @@ def test_held_out_scenes_use_held_out_pictures_only(collected: Path) -> None:
     used = {name for seed in range(60) for name in compose(library, np.random.default_rng(seed)).pictures}
     assert used
     assert not used & train
+
+
+def test_scenes_of_known_pictures_are_new_scenes(
+    collected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heldout_pocket, "SCENE_ROWS", 10)
+    sides: list[str] = []
+    monkeypatch.setattr(heldout_pocket, "Library", lambda folder, split: sides.append(split) or Library(folder, split))
+    heldout_pocket.write_known(collected, tmp_path / "known", seed=0)
+    assert set(sides) == {"train"}
+    plan = build_pocket.Plan(collected, tmp_path, scenes=10, words=0)
+    shop = build_pocket.Shop(plan, Library(collected, "train"))
+    build_pocket._write_set(shop, "scenes", 10)
+    learned = {path.read_bytes() for path in (tmp_path / "images/scenes").rglob("*.jpg")}
+    for task in ("yesno", "colour", "count", "position", "box"):
+        held = read_heldout(tmp_path / "known", f"scenes_{task}")
+        assert held.rows
+        assert not learned & {held.path(row.image).read_bytes() for row in held.rows}
 
 
 def test_a_record_does_not_depend_on_its_neighbours(collected: Path, tmp_path: Path) -> None:

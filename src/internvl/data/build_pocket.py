@@ -112,6 +112,7 @@ def build(plan: Plan, log: Callable[[str], None] = lambda line: None) -> dict[st
     heldout_pocket.unpack_easy_vqa(plan.collected, plan.out, "train")
     _write_meta(plan.out, counts)
     heldout_pocket.write(plan.collected, plan.out, plan.seed, shop.answers)
+    heldout_pocket.write_known(plan.collected, plan.out / "known", plan.seed)
     log("held-out sets: done")
     return counts
 

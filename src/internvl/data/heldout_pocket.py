@@ -21,8 +21,8 @@ from internvl.data.asked import Asked
 from internvl.data.library import Entry, Library
 
 QUALITY = 90
-STREAM = 100
-"""First number of the seeds of held-out rows; training uses smaller ones."""
+STREAM, KNOWN_STREAM = 100, 200
+"""First numbers of the seeds of held-out rows, of unknown and of known pictures; training uses smaller ones."""
 TRAIN_ANSWERS = 3000
 """Training answers kept beside the held-out rows, from which the majority baseline is counted."""
 SCENE_ROWS, WORD_ROWS, NAMING_ROWS, CAPTION_ROWS, EASY_VQA_ROWS, FOREIGN_ROWS = 400, 400, 600, 300, 2000, 100
@@ -60,6 +60,17 @@ def write(collected: Path, out: Path, seed: int, answers: dict[str, list[dict[st
         for task, rows in tasks.items()
     }  # fmt: skip
     (out / "heldout" / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+
+
+def write_known(collected: Path, out: Path, seed: int) -> None:
+    """`out/heldout/scenes_<task>.jsonl`: new scenes of pictures that training shows.
+
+    Beside the scores of unknown pictures they tell what a model cannot see from what it cannot say.
+    """
+    library = Library(collected, "train")
+    for place, task in enumerate(_KINDS):
+        rows = _scenes(library, out, task, (seed, KNOWN_STREAM + place))
+        _lines(out / "heldout" / f"scenes_{task}.jsonl", rows)
 
 
 def row(name: str, image: str, asked: Asked, **more: Any) -> dict[str, Any]:
