@@ -16,7 +16,7 @@ from PIL import Image
 from internvl.data.images import normalise, open_image
 from internvl.data.mixture import read_sets
 from internvl.data.tiling import single
-from internvl.train.cells import WAVES, cells_under, place_waves
+from internvl.train.cells import WAVES, Wording, cells_under, place_waves, texts_under
 from internvl.train.run import RunConfig
 from internvl.train.settings import Data, Optimiser, Part, Schedule
 from internvl.train.stages.align import BACKGROUND_TOKENS, NAMES, PLACES, Align
@@ -28,17 +28,29 @@ def test_a_region_covers_the_tokens_whose_centre_it_holds() -> None:
     assert [place for place, texts in enumerate(cells) if texts] == [0, 1]
 
 
-def test_a_small_region_goes_to_the_token_that_holds_most_of_it() -> None:
+def test_a_small_region_goes_to_the_token_that_holds_half_of_it() -> None:
     cells = cells_under([{"text": "a", "box": [270, 300, 320, 340]}], side=4)
     assert [place for place, texts in enumerate(cells) if texts] == [5]
 
 
-@given(st.tuples(*[st.integers(0, 999)] * 2), st.tuples(*[st.integers(20, 1000)] * 2), st.sampled_from([2, 4, 8]))
+def test_a_thin_region_goes_to_all_tokens_along_it() -> None:
+    cells = cells_under([{"text": "l", "box": [270, 240, 320, 800]}], side=4)
+    assert [place for place, texts in enumerate(cells) if texts] == [5, 9]
+
+
+@given(st.tuples(*[st.integers(0, 999)] * 2), st.tuples(*[st.integers(0, 1000)] * 2), st.sampled_from([2, 3, 4, 8]))
 def test_every_region_reaches_a_token(corner: tuple[int, int], size: tuple[int, int], side: int) -> None:
     box = [*corner, min(1000, corner[0] + size[0]), min(1000, corner[1] + size[1])]
-    holds_a_centre = min(box[2] - box[0], box[3] - box[1]) >= 1000 / side
-    cells = cells_under([{"text": "x", "box": box}], side)
-    assert any(cells) or not holds_a_centre
+    assert any(cells_under([{"text": "x", "box": box}], side))
+
+
+def test_a_second_letter_under_a_token_is_said_otherwise() -> None:
+    regions = [{"text": text} for text in ("e", "e", "dog", "cat")]
+    assert texts_under(regions, [0, 1]) == ["e", " e"]
+    assert texts_under(regions, [1]) == ["e"]
+    assert texts_under(regions, [2, 3]) == ["dog", "cat"]
+    wording = Wording(tiny_tokenizer())
+    assert wording.ids(" e") == [*wording.ids(" "), *wording.ids("e")]
 
 
 @pytest.fixture

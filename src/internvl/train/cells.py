@@ -13,10 +13,6 @@ from torch import Tensor
 
 WAVES = (1, 2, 4)
 """Half periods, over the picture, of the sines and cosines that say where the sides of a box are."""
-LEAST_COVER = 0.35
-"""A region counts for a token that holds its centre or this share of its area."""
-
-
 BACKGROUND = "background"
 """What a token says under which there is nothing."""
 PLACE_SHARE = 0.5
@@ -31,10 +27,10 @@ class Wording:
         self._known: dict[str, list[int]] = {}
 
     def ids(self, text: str) -> list[int]:
-        """A letter as it stands inside a word, a name as it stands inside a sentence."""
+        """A letter as it stands inside a word, or behind a space; a name as it stands inside a sentence."""
         if text not in self._known:
-            letter = len(text) == 1
-            self._known[text] = self.tokenizer.encode(text if letter else f" {text}", add_special_tokens=False)
+            bare = len(text) == 1 or text.startswith(" ")
+            self._known[text] = self.tokenizer.encode(text if bare else f" {text}", add_special_tokens=False)
         return self._known[text]
 
 
@@ -87,19 +83,33 @@ class Cells:
 
 
 def cells_under(regions: Sequence[Mapping[str, Any]], side: int) -> list[list[int]]:
-    """Which regions lie under each cell of a side x side grid, boxes on the 0..1000 grid."""
+    """Which regions lie under each cell of a side x side grid, boxes on the 0..1000 grid.
+
+    A region lies under a cell that it covers, or that covers it, by half along both axes: so each has a cell.
+    """
     step = 1000 / side
     found: list[list[int]] = [[] for _ in range(side * side)]
     for number, region in enumerate(regions):
         left, top, right, bottom = region["box"]
-        area = max(1, (right - left) * (bottom - top))
-        for row in range(max(0, int(top // step)), min(side, math.ceil(bottom / step))):
-            for column in range(max(0, int(left // step)), min(side, math.ceil(right / step))):
-                x, y = column * step, row * step
-                cover = (min(right, x + step) - max(left, x)) * (min(bottom, y + step) - max(top, y)) / area
-                if cover >= LEAST_COVER or (left <= x + step / 2 < right and top <= y + step / 2 < bottom):
-                    found[row * side + column].append(number)
+        for row in _steps(top, bottom, step, side):
+            for column in _steps(left, right, step, side):
+                found[row * side + column].append(number)
     return found
+
+
+def _steps(low: float, high: float, step: float, count: int) -> list[int]:
+    """Steps of an axis that share half of themselves, or half of low..high, with it."""
+    high = max(high, low + 1)
+    least = min(step, high - low) / 2
+    near = range(max(0, int(low // step)), min(count, math.ceil(high / step)))
+    return [at for at in near if min(high, (at + 1) * step) - max(low, at * step) >= least]
+
+
+def texts_under(regions: Sequence[Mapping[str, Any]], under: Sequence[int]) -> list[str]:
+    """What a cell says of the regions under it. A letter after another is said as at the beginning of a word: by that
+    the two are told apart, and a token of a small text holds both."""
+    texts = [str(regions[number]["text"]) for number in under]
+    return [f" {text}" if place and len(text) == 1 else text for place, text in enumerate(texts)]
 
 
 def place_waves(boxes: Float[Tensor, "boxes 4"]) -> Float[Tensor, "boxes waves"]:

@@ -24,7 +24,7 @@ from internvl.batch import ChatBatch
 from internvl.data import colours
 from internvl.data.mixture import DataSet
 from internvl.models.chat import ChatModel
-from internvl.train.cells import BACKGROUND, PLACE_SHARE, Wording, cells_under, directions, place_waves
+from internvl.train.cells import BACKGROUND, PLACE_SHARE, Wording, cells_under, directions, place_waves, texts_under
 
 LEAST_NOISE, MOST_NOISE = 0.2, 1.5
 """Length of what is added to the tokens of a picture, in lengths of what is said: a connector is never this sure."""
@@ -90,10 +90,12 @@ class Told:
                 continue
             start = len(tiles) * self.side**2
             tiles.append(first)
+            cells = cells_under(regions, self.side)
+            texts = [texts_under(regions, under) for under in cells]
             others = [region["text"] for one in (*found[row + 1 :], *found[:row]) for region in one or ()]
-            spoken = self._spoken([region["text"] for region in regions], others, source)
-            for place, under in enumerate(cells_under(regions, self.side)):
-                said = [spoken[regions[k]["text"]] for k in under] or [self._weighted(BACKGROUND, 1.0)]
+            spoken = self._spoken([text for cell in texts for text in cell], others, source)
+            for place, under in enumerate(cells):
+                said = [spoken[text] for text in texts[place]] or [self._weighted(BACKGROUND, 1.0)]
                 pairs += [(start + place, token, weight) for words in said for token, weight in words]
                 if under:
                     placed.append((start + place, regions[under[0]]["box"]))
@@ -131,7 +133,7 @@ class Told:
             colour, name = _colour_and_name(text)
             strangers = [other for other in names if other != name]
             taken = rng.uniform(0, MOST_CONFUSED) if rng.random() < CONFUSED else 0.0
-            if len(text) == 1 or not strangers or not taken:
+            if len(text.strip()) == 1 or not strangers or not taken:
                 spoken[text] = self._weighted(text, 1.0)
                 continue
             other = strangers[int(rng.integers(len(strangers)))]

@@ -27,7 +27,16 @@ from internvl.data.tiling import single
 from internvl.load import load_checkpoint
 from internvl.models.chat import ChatModel
 from internvl.train import features, trainable
-from internvl.train.cells import BACKGROUND, Cells, Picture, Wording, cells_under, directions, place_waves
+from internvl.train.cells import (
+    BACKGROUND,
+    Cells,
+    Picture,
+    Wording,
+    cells_under,
+    directions,
+    place_waves,
+    texts_under,
+)
 from internvl.train.export import export_chat
 from internvl.train.run import RunConfig
 from internvl.train.stages.pictures import PictureStage
@@ -72,7 +81,8 @@ class Align(PictureStage[Cells]):
         """Token id of each word part of the regions -> its place among the candidates."""
         texts = {BACKGROUND}
         for number, position in self.lines:
-            texts.update(region["text"] for region in self._line(number, position)["regions"])
+            regions = self._line(number, position)["regions"]
+            texts.update(text for region in regions for text in texts_under((region, region), (0, 1)))
         ids = sorted({token for text in texts for token in self.wording.ids(text)})
         return {token: place for place, token in enumerate(ids)}
 
@@ -156,7 +166,7 @@ class Align(PictureStage[Cells]):
         tile = single(open_image(Path(data.root) / line["image"]), self.model.config.tile_size)
         regions = line["regions"]
         under = cells_under(regions, self.side)
-        texts = [[regions[k]["text"] for k in cell] for cell in under]
+        texts = [texts_under(regions, cell) for cell in under]
         boxes = [regions[cell[0]]["box"] if cell else None for cell in under]
         digest = features.digests(tile)[0] if self.store is not None else b""
         picture = Picture(data.source(position), tile, digest, texts, boxes)
