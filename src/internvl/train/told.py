@@ -90,11 +90,11 @@ class Told:
                 continue
             start = len(tiles) * self.side**2
             tiles.append(first)
-            cells = cells_under(regions, self.side)
-            texts = [texts_under(regions, under) for under in cells]
+            covered = cells_under(regions, self.side)
+            texts = [texts_under(regions, under) for under in covered]
             others = [region["text"] for one in (*found[row + 1 :], *found[:row]) for region in one or ()]
             spoken = self._spoken([text for cell in texts for text in cell], others, source)
-            for place, under in enumerate(cells):
+            for place, under in enumerate(covered):
                 said = [spoken[text] for text in texts[place]] or [self._weighted(BACKGROUND, 1.0)]
                 pairs += [(start + place, token, weight) for words in said for token, weight in words]
                 if under:
