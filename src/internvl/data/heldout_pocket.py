@@ -83,7 +83,8 @@ def row(name: str, image: str, asked: Asked, **more: Any) -> dict[str, Any]:
 
 def _record(line: dict[str, Any]) -> dict[str, Any]:
     turns = [{"from": "human", "value": "<image>\n" + line["question"]}, {"from": "gpt", "value": line["answer"]}]
-    return {"id": line["id"], "image": "../" + line["image"], "conversations": turns}
+    spelled = {"spelled": True} if line["task"] == "words" else {}
+    return {"id": line["id"], "image": "../" + line["image"], "conversations": turns, **spelled}
 
 
 def _lines(path: Path, rows: list[dict[str, Any]]) -> None:
