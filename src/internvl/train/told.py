@@ -26,7 +26,7 @@ from internvl.data.mixture import DataSet
 from internvl.models.chat import ChatModel
 from internvl.train.cells import BACKGROUND, PLACE_SHARE, Wording, cells_under, directions, place_waves, texts_under
 
-LEAST_NOISE, MOST_NOISE = 0.2, 1.5
+LEAST_NOISE, MOST_NOISE = 0.3, 2.2
 """Length of what is added to the tokens of a picture, in lengths of what is said: a connector is never this sure."""
 CONFUSED, MOST_CONFUSED = 0.6, 0.7
 """Share of names that are said together with that of a thing from another record, and the most that the other takes of
