@@ -28,7 +28,7 @@ from internvl.tokens import SPECIAL_TOKENS
 from internvl.zoo import CHAT
 
 CONFIG = CHAT["pocket"]
-LAYOUT = 2
+LAYOUT = 3
 """Raised when the assembled folder changes without a change of the shipped files."""
 EMBEDDING = "language_model.model.embed_tokens.weight"
 

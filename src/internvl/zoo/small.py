@@ -117,6 +117,7 @@ CHAT: dict[str, ChatConfig] = {
         VIT_POCKET,
         SMOLLM2_135M,
         tile_size=224,
+        max_tiles=4,  # as many as it learned from
         system_message="You are InternVL pocket, a small assistant that sees pictures.",
     ),
     "tiny-llama": _tiny(LLAMA_TINY),
