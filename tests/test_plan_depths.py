@@ -111,7 +111,8 @@ def test_few_blocks_of_texts_and_of_alignment(tmp_path: Path) -> None:
     run = RunConfig(stage="align", schedule=Schedule(steps=1), vision=Part("full"), connector=Part("full"))
     looked, tokens = torch.arange(5), torch.zeros(5, dtype=torch.long)
     pixels = torch.zeros(2, 3, chat.tile_size, chat.tile_size, dtype=torch.uint8)
-    cells = Cells(pixels, (), (), tokens, looked, tokens, torch.zeros(5), looked, torch.zeros(5, 4), ("", ""))
+    nothing = torch.zeros(5)
+    cells = Cells(pixels, (), (), tokens, looked, tokens, nothing, looked, torch.zeros(5, 4), nothing, ("", ""))
     assert rehearse_align(run, chat, cells, 7) == rehearse_align(run, chat, cells, 7, whole=True)
 
 

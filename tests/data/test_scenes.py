@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,40 @@ def test_boxes_are_asked_of_single_things_to_the_nearest_step(collected: Path, s
             assert said % places.COARSE == 0
             assert abs(said - true) <= places.COARSE
         assert noun in one.question
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from(["mixed", "count", "shapes", "colour"]))
+def test_questions_apart_tell_nothing_of_each_other(collected: Path, seed: int, kind: str) -> None:
+    library = Library(collected, "train")
+    scene = compose(library, np.random.default_rng(seed), kind)
+    asked = questions.apart(scene, library, np.random.default_rng(seed))
+    assert len(asked) <= (1 if kind == "shapes" else 3)
+    for place, one in enumerate(asked):
+        said = " ".join(f"{other.question} {other.answer}" for other in (*asked[:place], *asked[place + 1 :])).lower()
+        for noun in scene.groups():
+            if noun in one.question.lower() and kind != "shapes":
+                assert noun not in said
+
+
+def test_as_many_questions_apart_are_answered_yes_as_no(collected: Path) -> None:
+    library = Library(collected, "train")
+    answers = []
+    for seed in range(150):
+        scene = compose(library, np.random.default_rng(seed), "mixed")
+        asked = questions.apart(scene, library, np.random.default_rng(seed))
+        answers += [one.answer for one in asked if one.answer in ("yes", "no")]
+    assert len(answers) > 60
+    assert 0.35 < answers.count("yes") / len(answers) < 0.65
+
+
+def test_every_other_record_of_questions_apart_is_a_crowd(collected: Path, tmp_path: Path) -> None:
+    shop = build_pocket.Shop(build_pocket.Plan(collected, tmp_path), Library(collected, "train"))
+    (tmp_path / "images/apart/000").mkdir(parents=True)
+    made = [build_pocket.make_apart(shop, index) for index in range(30)]
+    most = [max(Counter(region["text"] for region in line[0]["regions"]).values()) for line in made[1::2] if line]
+    assert sum(number > 1 for number in most) >= 5
+    assert {len(line[0]["conversations"]) // 2 for line in made if line} <= {1, 2, 3}
 
 
 def test_every_other_record_of_boxes_has_one_thing(collected: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from PIL import Image
 from internvl.data.images import normalise, open_image
 from internvl.data.mixture import read_sets
 from internvl.data.tiling import single
-from internvl.train.cells import WAVES, Wording, cells_under, place_waves, texts_under
+from internvl.train.cells import WAVES, Wording, cells_under, centres_under, directions, place_waves, texts_under
 from internvl.train.run import RunConfig
 from internvl.train.settings import Data, Optimiser, Part, Schedule
-from internvl.train.stages.align import BACKGROUND_TOKENS, NAMES, PLACES, Align
+from internvl.train.stages.align import BACKGROUND_TOKENS, CENTRES, NAMES, PLACES, Align
 from tiny import tiny_model, tiny_tokenizer
 
 
@@ -36,6 +37,54 @@ def test_a_small_region_goes_to_the_token_that_holds_half_of_it() -> None:
 def test_a_thin_region_goes_to_all_tokens_along_it() -> None:
     cells = cells_under([{"text": "l", "box": [270, 240, 320, 800]}], side=4)
     assert [place for place, texts in enumerate(cells) if texts] == [5, 9]
+
+
+BOXES = st.lists(
+    st.tuples(*[st.integers(0, 999)] * 2, *[st.integers(0, 1000)] * 2).map(
+        lambda box: [box[0], box[1], min(1000, box[0] + box[2]), min(1000, box[1] + box[3])]
+    ),
+    max_size=6,
+)
+
+
+@given(BOXES, st.sampled_from([1, 2, 3, 8]), st.sampled_from([0.0, 0.05, 0.3, 2.0]))
+def test_centres_are_as_many_as_regions(boxes: list[list[int]], side: int, blur: float) -> None:
+    regions = [{"text": "x", "box": box} for box in boxes]
+    centres = centres_under(regions, side, blur)
+    assert centres.shape == (side**2,)
+    assert centres.min() >= 0
+    assert float(centres.sum()) == pytest.approx(len(boxes), abs=1e-5)
+
+
+@given(BOXES, st.sampled_from([1, 2, 3, 8]))
+def test_a_centre_lies_in_a_token_that_its_region_covers(boxes: list[list[int]], side: int) -> None:
+    for box in boxes:
+        region = {"text": "x", "box": box}
+        (place,) = np.flatnonzero(centres_under([region], side))
+        row, column = divmod(int(place), side)
+        assert row <= (box[1] + box[3]) / 2000 * side <= row + 1
+        assert column <= (box[0] + box[2]) / 2000 * side <= column + 1
+        assert cells_under([region], side)[place]
+
+
+def test_who_is_not_sure_shares_a_centre_out_by_how_likely_it_is_there() -> None:
+    middle, edge = ({"text": "x", "box": [left, 400, left + 100, 600]} for left in (575, 450))
+    sure, unsure = centres_under([middle], 4, 0.01), centres_under([middle], 4, 0.5).reshape(4, 4)
+    assert sure[[6, 10]].tolist() == pytest.approx([0.5, 0.5])  # on a line, in the middle between two others
+    assert unsure[:, 2].sum() == pytest.approx(math.erf(0.5 / (0.5 * math.sqrt(2))), abs=1e-6)
+    assert unsure[1] == pytest.approx(unsure[2])
+    assert centres_under([edge], 4).tolist().index(1) == 10
+    assert centres_under([edge], 4, 0.2)[5:7].tolist() == pytest.approx([0.25, 0.25], abs=1e-6)
+
+
+def test_the_directions_of_boxes_are_those_of_before_centres_had_one() -> None:
+    """Connectors that were taught without centres keep what they say."""
+    generator = torch.Generator().manual_seed(0)
+    waves = torch.linalg.qr(torch.randn(64, 8 * len(WAVES), generator=generator))[0].T
+    found = directions(64, 2.0)
+    torch.testing.assert_close(found[:-1], waves * (2.0 * 0.5 / math.sqrt(4 * len(WAVES))))
+    assert float((found[:-1] @ found[-1]).abs().max()) < 1e-5
+    assert float(found[-1].norm()) == pytest.approx(0.7)
 
 
 @given(st.tuples(*[st.integers(0, 999)] * 2), st.tuples(*[st.integers(0, 1000)] * 2), st.sampled_from([2, 3, 4, 8]))
@@ -114,6 +163,28 @@ def test_tokens_learn_where_the_box_is_that_they_lie_in(records: Path) -> None:
         optimiser.step()
         found.append(float(places))
     assert found[-1] < 0.05 * found[0]
+
+
+def test_tokens_learn_which_of_them_holds_the_centre(records: Path) -> None:
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    for line in lines:
+        red = line["regions"][0]["text"] == "red"
+        line["regions"][0]["box"] = [0, 0, 500, 500] if red else [500, 500, 1000, 1000]
+        image = Image.new("RGB", (28, 28), "white")
+        image.paste("red" if red else "blue", (0, 0, 14, 14) if red else (14, 14, 28, 28))
+        image.save(records.parent / line["image"])
+    records.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    made = stage(records)
+    optimiser = torch.optim.AdamW(made.model.connector.parameters(), 1e-2)
+    for _, batch in zip(range(80), made.batches(), strict=False):
+        optimiser.zero_grad()
+        (made.losses(made.prepare(batch))[CENTRES] / made.weights(batch)[CENTRES]).backward()
+        optimiser.step()
+    along = made.directions[-1] / made.directions[-1].square().sum()
+    for name, place in (("0.png", 0), ("1.png", 3)):
+        tile = single(open_image(records.parent / name), made.model.config.tile_size)
+        heard = made.model.encode_tiles(normalise(tile, made.model.config.normalize))[0].float() @ along
+        assert [int(place) for place in torch.nonzero(heard > 0.4)] == [place]
 
 
 def test_a_letter_says_its_place_too(records: Path) -> None:

@@ -80,6 +80,8 @@ def first_batch(stage: Sft) -> Prepared:
 def silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(told_module, "LEAST_NOISE", 0.0)
     monkeypatch.setattr(told_module, "MOST_NOISE", 0.0)
+    monkeypatch.setattr(told_module, "SIGNAL_NOISE", 0.0)
+    monkeypatch.setattr(told_module, "MOST_BLUR", 0.0)
 
 
 WORDLESS = Told.__new__(Told)
@@ -111,13 +113,28 @@ def test_a_told_token_has_the_length_of_a_word_and_says_its_box(records: Path, m
     told = told_of(stage)
     said = first_batch(stage).said
     assert said is not None
+    assert float(said.centres.sum()) == len(said.tiles)
+    said = replace(said, centres=torch.zeros_like(said.centres))
     tokens = told.tokens(said).flatten(0, 1)
     unplaced = sorted(set(range(len(tokens))) - set(said.placed.tolist()))
     torch.testing.assert_close(tokens[unplaced].norm(dim=-1), torch.full((len(unplaced),), told.length * 0.75**0.5))
     basis = directions(tokens.shape[1], told.length)
     bare = told.tokens(replace(said, placed=said.placed[:0], boxes=said.boxes[:0]))
-    heard = (tokens - bare.flatten(0, 1))[said.placed] @ (basis / basis[0].square().sum()).T
-    torch.testing.assert_close(heard, place_waves(said.boxes), rtol=1e-4, atol=1e-4)
+    heard = (tokens - bare.flatten(0, 1))[said.placed] @ (basis / basis.square().sum(-1, keepdim=True)).T
+    torch.testing.assert_close(heard[:, :-1], place_waves(said.boxes), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(heard[:, -1], torch.zeros(len(heard)), rtol=0, atol=1e-4)
+
+
+def test_a_told_token_says_the_centres_under_it(records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    silent(monkeypatch)
+    stage = begun(records)
+    told, said = told_of(stage), first_batch(stage).said
+    assert said is not None
+    basis = directions(told.table.shape[1], told.length)
+    without = told.tokens(replace(said, centres=torch.zeros_like(said.centres)))
+    heard = (told.tokens(said) - without).flatten(0, 1) @ basis[-1] / basis[-1].square().sum()
+    torch.testing.assert_close(heard, said.centres, rtol=1e-4, atol=1e-4)
+    assert said.centres.tolist() == [0, 0, 1, 0]  # of the left half, 2 x 2 tokens: on the line, so below
 
 
 @given(st.text("abc:/", min_size=1, max_size=8))

@@ -31,6 +31,8 @@ class Build:
     words: int = 25_000
     boxes: int = 20_000
     """Scenes, half of them with one thing, of which nothing but places is asked."""
+    apart: int = 20_000
+    """Scenes of which one to three things are asked that do not tell of each other, half of them crowds to count."""
     workers: int = os.cpu_count() or 2
     seed: int = 0
     collected: Path | None = None
@@ -113,7 +115,8 @@ def _build(asked: Build) -> int:
     from internvl.data.collect import collect
 
     collected = asked.collected or collect(workers=asked.workers)
-    plan = Plan(collected, asked.out, asked.scenes, asked.words, asked.boxes, asked.seed, asked.workers)
+    numbers = (asked.scenes, asked.words, asked.boxes, asked.apart)
+    plan = Plan(collected, asked.out, *numbers, asked.seed, asked.workers)
     build(plan, say)
     return 0
 

@@ -31,9 +31,9 @@ VARIANTS = 6
 """Records of each picture: other questions, another ground."""
 CROWDED = 24
 """Pictures of one name beyond which each gets fewer records, so that emoji faces do not fill the set."""
-STREAMS = {"scenes": 1, "words": 2, "pictures": 3, "easy_vqa": 4, "boxes": 5}
+STREAMS = {"scenes": 1, "words": 2, "pictures": 3, "easy_vqa": 4, "boxes": 5, "apart": 6}
 """First number of a record's seed, so that sets do not share random numbers."""
-REPEATS = {"scenes": 1, "words": 0.8, "pictures": 0.6, "easy_vqa": 0.3, "boxes": 0.4}
+REPEATS = {"scenes": 1, "words": 0.8, "pictures": 0.6, "easy_vqa": 0.3, "boxes": 0.4, "apart": 1}
 """repeat_time of the meta JSON: scenes teach most, single shapes least."""
 
 
@@ -44,6 +44,7 @@ class Plan:
     scenes: int = 60_000
     words: int = 25_000
     boxes: int = 20_000
+    apart: int = 20_000
     seed: int = 0
     workers: int = 2
 
@@ -102,6 +103,7 @@ def build(plan: Plan, log: Callable[[str], None] = lambda line: None) -> dict[st
         "scenes": plan.scenes,
         "words": plan.words,
         "boxes": plan.boxes,
+        "apart": plan.apart,
         "pictures": len(shop.pictures),
         "easy_vqa": len(shop.easy_vqa),
     }
@@ -201,6 +203,14 @@ def make_boxes(shop: Shop, index: int) -> Made | None:
     return (_of_scene(shop, "boxes", index, scene, asked, rng), []) if asked else None
 
 
+def make_apart(shop: Shop, index: int) -> Made | None:
+    """A scene of which one to three things are asked that do not tell of each other; every other one is a crowd."""
+    rng = shop.generator("apart", index)
+    scene = scenes.compose(shop.library, rng, "count" if index % 2 else None)
+    asked = questions.apart(scene, shop.library, rng)
+    return (_of_scene(shop, "apart", index, scene, asked, rng), []) if asked else None
+
+
 def _of_scene(
     shop: Shop, name: str, index: int, scene: scenes.Scene, asked: list[Asked], rng: np.random.Generator
 ) -> dict[str, Any]:
@@ -237,7 +247,7 @@ def make_easy_vqa(shop: Shop, index: int) -> Made:
 
 _MAKERS: dict[str, Callable[[Shop, int], Made | None]] = {
     "scenes": make_scene, "words": make_words, "pictures": make_picture, "easy_vqa": make_easy_vqa,
-    "boxes": make_boxes,
+    "boxes": make_boxes, "apart": make_apart,
 }  # fmt: skip
 
 
@@ -255,6 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--scenes", type=int, default=Plan.scenes)
     parser.add_argument("--words", type=int, default=Plan.words)
     parser.add_argument("--boxes", type=int, default=Plan.boxes)
+    parser.add_argument("--apart", type=int, default=Plan.apart)
     parser.add_argument("--seed", type=int, default=Plan.seed)
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     plan = Plan(**vars(parser.parse_args(arguments)))

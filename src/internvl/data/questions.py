@@ -50,6 +50,29 @@ def conversation(scene: Scene, library: Library, generator: np.random.Generator)
     return list(asked.values())
 
 
+def apart(scene: Scene, library: Library, generator: np.random.Generator) -> list[Asked]:
+    """One to three questions of which none says what answers another: each is to be read from the picture.
+
+    In a longer conversation most can be told from what was asked and answered before, and are learned so.
+    """
+    tasks, shares = zip(*_APART[scene.kind].items(), strict=True)
+    number = 1 if scene.kind == "shapes" else int(generator.integers(1, 4))
+    asked: list[Asked] = []
+    spoken: set[str] = set()
+    for _ in range(3 * number):
+        task = tasks[int(generator.choice(len(tasks), p=shares))]
+        if task == "yesno" and asked:  # of what nobody spoke of yet, less is there: more answers were no
+            continue
+        made = ask(scene, library, generator, task)
+        nouns = {noun for noun in scene.groups() if made and (noun in made.question or plural(noun) in made.question)}
+        if made is not None and spoken.isdisjoint(nouns):
+            asked.append(made)
+            spoken |= nouns
+        if len(asked) == number:
+            break
+    return asked
+
+
 def yesno(scene: Scene, library: Library, generator: np.random.Generator) -> Asked | None:
     wanted = generator.random() < 0.5
     noun = _present(scene, generator) if wanted else _absent(scene, library, generator)
@@ -192,3 +215,9 @@ _SHARES = {
     "shapes": {"yesno": 0.17, "colour": 0.21, "count": 0.2, "position": 0.2, "box": 0.13, "caption": 0.09},
     "colour": {"yesno": 0.1, "colour": 0.55, "position": 0.1, "box": 0.15, "caption": 0.1},
 }  # fmt: skip
+_APART = {
+    "mixed": {"yesno": 0.6, "position": 0.3, "colour": 0.1},
+    "count": {"count": 0.75, "yesno": 0.25},
+    "shapes": {"count": 0.35, "yesno": 0.25, "colour": 0.25, "position": 0.15},
+    "colour": {"colour": 0.7, "yesno": 0.3},
+}

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 WAVES = (1, 2, 4)
 """Half periods, over the picture, of the sines and cosines that say where the sides of a box are."""
@@ -17,6 +21,8 @@ BACKGROUND = "background"
 """What a token says under which there is nothing."""
 PLACE_SHARE = 0.5
 """Length of what says the place, in lengths of a word embedding."""
+CENTRE_SHARE = 0.35
+"""Length of what says that the centre of a region lies under a token, in lengths of a word embedding."""
 
 
 class Wording:
@@ -47,6 +53,8 @@ class Picture:
     """Texts of the regions under each token, row by row; none: background."""
     boxes: list[list[int] | None]
     """The first region under each token: left, top, right, bottom on the 0..1000 grid; None: nothing."""
+    centres: Float[np.ndarray, " cells"]
+    """Regions whose centre lies under each token."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +77,31 @@ class Cells:
     """Places in `tokens`."""
     boxes: Float[Tensor, "placed 4"]
     """Of the tokens in `placed`: sides as shares of the picture."""
+    centres: Float[Tensor, " looked"]
+    """Regions whose centre lies under a token."""
     sources: tuple[str, ...]
 
     def pin_memory(self) -> Cells:
-        return self._moved(lambda value: value.pin_memory())
+        return moved(self, lambda value: value.pin_memory())
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Cells:
-        return self._moved(lambda value: value.to(device, non_blocking=non_blocking))
+        return moved(self, lambda value: value.to(device, non_blocking=non_blocking))
 
-    def _moved(self, move: Any) -> Cells:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: move(v) for k, v in values.items() if isinstance(v, Tensor)})
+
+Given = TypeVar("Given", bound="DataclassInstance")
+
+
+def moved(given: Given, move: Callable[[Tensor], Tensor]) -> Given:
+    """The same with every tensor moved."""
+    values = {f.name: getattr(given, f.name) for f in fields(given)}
+    return replace(given, **{name: move(value) for name, value in values.items() if isinstance(value, Tensor)})
+
+
+def describe(regions: Sequence[Mapping[str, Any]], side: int) -> tuple[list[list[str]], list[list[int] | None]]:
+    """Texts of the regions under each cell, row by row, and the box of the first of them."""
+    covered = cells_under(regions, side)
+    texts = [texts_under(regions, under) for under in covered]
+    return texts, [regions[under[0]]["box"] if under else None for under in covered]
 
 
 def cells_under(regions: Sequence[Mapping[str, Any]], side: int) -> list[list[int]]:
@@ -118,9 +140,35 @@ def place_waves(boxes: Float[Tensor, "boxes 4"]) -> Float[Tensor, "boxes waves"]
     return torch.cat([turns.cos(), turns.sin()], dim=-1).flatten(1)
 
 
+def centres_under(regions: Sequence[Mapping[str, Any]], side: int, blur: float = 0.0) -> Float[np.ndarray, " cells"]:
+    """How many regions have their centre in each cell of a side x side grid: together, as many as there are.
+
+    `blur` is the deviation, in cells, of one who is not sure where a centre is: each is shared out over the cells by
+    how likely it lies there.
+    """
+    boxes = np.array([region["box"] for region in regions], float).reshape(-1, 4)
+    found = [_shares((boxes[:, low] + boxes[:, low + 2]) / 2000 * side, side, blur) for low in (1, 0)]
+    return np.asarray(np.einsum("nr,nc->rc", *found).reshape(-1), np.float32)
+
+
+def _shares(places: np.ndarray, side: int, blur: float) -> np.ndarray:
+    """Of each place on an axis, in cells: how likely it is in each."""
+    inside = np.clip(places, 0, np.nextafter(side, 0))[:, None]
+    if not blur:
+        return np.asarray(np.floor(inside) == np.arange(side), float)
+    lower = np.vectorize(math.erf, otypes=[float])((np.arange(1, side) - inside) / (blur * math.sqrt(2))) / 2 + 0.5
+    ends = np.concatenate([np.zeros_like(inside), lower, np.ones_like(inside)], 1)
+    return np.asarray(np.diff(ends, axis=1))
+
+
 def directions(width: int, length: float) -> Float[Tensor, "waves width"]:
-    """Fixed, orthogonal, each as long as what one wave adds to a token; `length` is that of a word embedding."""
+    """Fixed, orthogonal, each as long as what one wave adds to a token; `length` is that of a word embedding.
+
+    The last is that of centres.
+    """
     num_waves = 2 * 4 * len(WAVES)
-    random = torch.randn(width, num_waves, generator=torch.Generator().manual_seed(0))
-    orthogonal: Tensor = torch.linalg.qr(random)[0].T
-    return orthogonal * (PLACE_SHARE * length / math.sqrt(num_waves / 2))
+    generator = torch.Generator().manual_seed(0)
+    random = [torch.randn(width, number, generator=generator) for number in (num_waves, 1)]
+    orthogonal: Tensor = torch.linalg.qr(torch.cat(random, dim=1))[0].T
+    share = PLACE_SHARE / math.sqrt(num_waves / 2)
+    return orthogonal * (length * torch.tensor([*[share] * num_waves, CENTRE_SHARE]))[:, None]

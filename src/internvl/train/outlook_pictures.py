@@ -192,5 +192,6 @@ class AlignOutlook(PictureOutlook):
             torch.zeros(looked),
             places,
             torch.zeros(looked, 4),
+            torch.zeros(looked),
             ("",) * tiles,
         )

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -24,13 +24,17 @@ from internvl.batch import ChatBatch
 from internvl.data import colours
 from internvl.data.mixture import DataSet
 from internvl.models.chat import ChatModel
-from internvl.train.cells import BACKGROUND, PLACE_SHARE, Wording, cells_under, directions, place_waves, texts_under
+from internvl.train.cells import BACKGROUND, PLACE_SHARE, Wording, centres_under, describe, directions, place_waves
 
 LEAST_NOISE, MOST_NOISE = 0.3, 2.2
 """Length of what is added to the tokens of a picture, in lengths of what is said: a connector is never this sure."""
 CONFUSED, MOST_CONFUSED = 0.6, 0.7
 """Share of names that are said together with that of a thing from another record, and the most that the other takes of
 what is said: an encoder that never saw a thing takes it in part for another one."""
+MOST_BLUR = 0.3
+"""Deviation, in tokens, of where the centre of a region is said to be: an encoder is not sure which token it is."""
+SIGNAL_NOISE = 0.15
+"""Most deviation of what is said of boxes and centres from what is so; a wave is -1 to 1, a centre 0 or 1."""
 
 Weighted = list[tuple[int, float]]
 """Token ids, each with its share of what is said."""
@@ -49,9 +53,8 @@ class Said:
     weight: Float[Tensor, " pairs"]
     placed: Int[Tensor, " placed"]
     boxes: Float[Tensor, "placed 4"]
-
-    def moved(self, move: Any) -> Said:
-        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+    centres: Float[Tensor, " tokens"]
+    """Regions whose centre lies under each token of the tiles that are said."""
 
 
 class Told:
@@ -84,21 +87,21 @@ class Told:
         tiles: list[int] = []
         pairs: list[tuple[int, int, float]] = []
         placed: list[tuple[int, list[int]]] = []
+        centres: list[Float[np.ndarray, " cells"]] = [np.empty(0, np.float32)]
         for row, (first, source) in enumerate(zip(accumulate([0, *counts[:-1]]), batch.sources, strict=True)):
             regions = found[row]
             if not regions or drawn(source) >= self.share:
                 continue
             start = len(tiles) * self.side**2
             tiles.append(first)
-            covered = cells_under(regions, self.side)
-            texts = [texts_under(regions, under) for under in covered]
+            texts, boxes = describe(regions, self.side)
+            centres.append(centres_under(regions, self.side, MOST_BLUR * drawn(f"{source} centres")))
             others = [region["text"] for one in (*found[row + 1 :], *found[:row]) for region in one or ()]
             spoken = self._spoken([text for cell in texts for text in cell], others, source)
-            for place, under in enumerate(covered):
+            for place, box in enumerate(boxes):
                 said = [spoken[text] for text in texts[place]] or [self._weighted(BACKGROUND, 1.0)]
                 pairs += [(start + place, token, weight) for words in said for token, weight in words]
-                if under:
-                    placed.append((start + place, regions[under[0]]["box"]))
+                placed += [(start + place, box)] if box is not None else []
         looked = sorted(set(range(batch.num_tiles)) - set(tiles))
         cells, words, weights = zip(*pairs, strict=True) if pairs else ((), (), ())
         return Said(
@@ -109,11 +112,12 @@ class Told:
             torch.tensor(weights, dtype=torch.float32),
             torch.tensor([cell for cell, _ in placed], dtype=torch.long),
             torch.tensor([box for _, box in placed], dtype=torch.float32).reshape(-1, 4) / 1000,
+            torch.from_numpy(np.concatenate(centres)),
         )
 
     @torch.no_grad()
     def tokens(self, said: Said) -> Float[Tensor, "said tokens width"]:
-        """Mean of the words' directions and the waves of the box, as long as a word embedding, and noise."""
+        """Mean of the words' directions, with noise; waves of the box; centres. About as long as a word embedding."""
         words = F.normalize(self.table[said.word].float(), dim=-1) * said.weight[:, None]
         count = len(said.tiles) * self.side**2
         named = words.new_zeros(count, words.shape[1]).index_add(0, said.cell, words)
@@ -121,8 +125,13 @@ class Told:
         named = F.normalize(named, dim=-1).view(-1, self.side**2, words.shape[1])
         noise = torch.randn(named.shape).to(named) * amount / math.sqrt(words.shape[1])
         out = F.normalize(named + noise, dim=-1).flatten(0, 1) * self.length * math.sqrt(1 - PLACE_SHARE**2)
-        waves = place_waves(said.boxes) @ directions(words.shape[1], self.length).to(words.device)
-        return out.index_add(0, said.placed, waves.float()).view(-1, self.side**2, words.shape[1])
+        doubt = torch.empty(len(said.tiles)).uniform_(0, SIGNAL_NOISE).repeat_interleave(self.side**2)
+        waves, centres = place_waves(said.boxes), said.centres
+        waves = waves + (torch.randn(waves.shape) * doubt[said.placed.cpu(), None]).to(waves)
+        centres = centres + (torch.randn(count) * doubt).to(centres)
+        along = directions(words.shape[1], self.length).to(words.device)
+        out = out.index_add(0, said.placed, waves @ along[:-1]) + centres[:, None] * along[-1]
+        return out.view(-1, self.side**2, words.shape[1])
 
     def _spoken(self, texts: Sequence[str], others: Sequence[str], source: str) -> dict[str, Weighted]:
         """Token ids of each text with their weights; now and then partly those of another thing, colours apart."""

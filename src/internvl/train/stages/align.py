@@ -32,7 +32,8 @@ from internvl.train.cells import (
     Cells,
     Picture,
     Wording,
-    cells_under,
+    centres_under,
+    describe,
     directions,
     place_waves,
     texts_under,
@@ -42,7 +43,7 @@ from internvl.train.run import RunConfig
 from internvl.train.stages.pictures import PictureStage
 from internvl.train.trainable import Learner
 
-NAMES, NEAR, NORM, PLACES = "names", "near", "norm", "places"
+NAMES, NEAR, NORM, PLACES, CENTRES = "names", "near", "norm", "places", "centres"
 SHARPNESS = 50.0
 """Factor on the cosines before the softmax over the words."""
 BACKGROUND_WEIGHT = 0.3
@@ -52,9 +53,10 @@ BACKGROUND_TOKENS = 12
 
 
 class Align(PictureStage[Cells]):
-    """Contrast of connector outputs with word embeddings; along fixed directions they say where the box is."""
+    """Contrast of connector outputs with word embeddings; along fixed directions they say where the box is, and whether
+    its centre lies here: things that touch, or letters twice, are told apart by that."""
 
-    coefficients: Mapping[str, float] = {NAMES: 1.0, NEAR: 0.5, NORM: 0.1, PLACES: 0.2}
+    coefficients: Mapping[str, float] = {NAMES: 1.0, NEAR: 0.5, NORM: 0.1, PLACES: 0.2, CENTRES: 0.5}
 
     def __init__(self, run: RunConfig, model: ChatModel, tokenizer: Any, sets: Sequence[DataSet]) -> None:
         super().__init__(run)
@@ -94,7 +96,7 @@ class Align(PictureStage[Cells]):
 
     @cached_property
     def directions(self) -> Float[Tensor, "waves width"]:
-        """As long as what one wave adds to a token."""
+        """As long as what one wave adds to a token, and the centre of a region."""
         return directions(self.table.shape[1], float(self.table.norm(dim=-1).mean())).to(self.table.device)
 
     def begin(self, run: RunConfig, device: torch.device) -> trainable.Learner:
@@ -118,10 +120,11 @@ class Align(PictureStage[Cells]):
     def weights(self, batch: Cells) -> dict[str, float]:
         said = float(batch.share.double().sum())
         looked, placed = float(len(batch.tokens)), float(len(batch.placed))
-        return {NAMES: said, NEAR: said, NORM: looked, PLACES: max(1.0, placed)}
+        centres = float(batch.centres.double().sum())
+        return {NAMES: said, NEAR: said, NORM: looked, PLACES: max(1.0, placed), CENTRES: max(1.0, centres)}
 
     def losses(self, prepared: Cells) -> dict[str, Float[Tensor, ""]]:
-        """Cross-entropy over all words, distance to the right ones, squared log-ratio of norms, squares of waves."""
+        """Cross-entropy over all words, distance to the right ones, squared errors of log-norms, waves and centres."""
         seen = self._seen(prepared)
         patches = self.model.connector(seen)[:, self.model.config.num_queries :]
         said = patches.flatten(0, 1)[prepared.tokens].float()
@@ -131,9 +134,10 @@ class Align(PictureStage[Cells]):
         near = (prepared.share * (1 - cosines[prepared.cell, prepared.word])).sum()
         target = self.table.norm(dim=-1).mean().log()
         norm = (said.norm(dim=-1).clamp_min(1e-6).log() - target).square().sum()
-        heard = said[prepared.placed] @ (self.directions / self.directions[0].square().sum()).T
-        places = (heard - place_waves(prepared.boxes)).square().sum()
-        return {NAMES: names, NEAR: near, NORM: norm, PLACES: places}
+        heard = said @ (self.directions / self.directions.square().sum(-1, keepdim=True)).T
+        places = (heard[prepared.placed, :-1] - place_waves(prepared.boxes)).square().sum()
+        centres = (heard[:, -1] - prepared.centres).square().sum()
+        return {NAMES: names, NEAR: near, NORM: norm, PLACES: places, CENTRES: centres}
 
     def sizes(self, batch: Cells) -> dict[str, int]:
         tiles = len(batch.sources)
@@ -165,11 +169,9 @@ class Align(PictureStage[Cells]):
         data, line = self.sets[number], self._line(number, position)
         tile = single(open_image(Path(data.root) / line["image"]), self.model.config.tile_size)
         regions = line["regions"]
-        under = cells_under(regions, self.side)
-        texts = [texts_under(regions, cell) for cell in under]
-        boxes = [regions[cell[0]]["box"] if cell else None for cell in under]
         digest = features.digests(tile)[0] if self.store is not None else b""
-        picture = Picture(data.source(position), tile, digest, texts, boxes)
+        described = (*describe(regions, self.side), centres_under(regions, self.side))
+        picture = Picture(data.source(position), tile, digest, *described)
         if self.store is not None:
             self.known[number, position] = replace(picture, tile=None)
         return picture
@@ -178,6 +180,7 @@ class Align(PictureStage[Cells]):
         tokens: list[int] = []
         pairs: list[tuple[int, int, float]] = []
         placed: list[tuple[int, list[int]]] = []
+        centres: list[float] = []
         for number, picture in enumerate(pictures):
             empty = [place for place, texts in enumerate(picture.cells) if not texts]
             kept = {int(place) for place in drawn.permutation(empty)[:BACKGROUND_TOKENS]}
@@ -188,6 +191,7 @@ class Align(PictureStage[Cells]):
                 weight = 1.0 if texts else BACKGROUND_WEIGHT
                 pairs += [(len(tokens), self.words[token], weight / len(ids)) for token in ids]
                 placed += [(len(tokens), box)] if box is not None else []
+                centres.append(float(picture.centres[place]))
                 tokens.append(number * self.side**2 + place)
         cells, words, shares = zip(*pairs, strict=True)
         side = self.model.config.tile_size
@@ -203,6 +207,7 @@ class Align(PictureStage[Cells]):
             torch.tensor(shares),
             torch.tensor([cell for cell, _ in placed], dtype=torch.long),
             torch.tensor([box for _, box in placed], dtype=torch.float32).reshape(-1, 4) / 1000,
+            torch.tensor(centres),
             tuple(picture.source for picture in pictures),
         )
 

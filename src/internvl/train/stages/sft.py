@@ -6,7 +6,7 @@ What learns is trainable.py's, batches are data's; logits exist only where the n
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from internvl.models.chat import ChatModel
 from internvl.parallel import collectives
 from internvl.tokens import SPECIAL_TOKENS, token_id
 from internvl.train import cost, features, losses, trainable
+from internvl.train.cells import moved
 from internvl.train.export import export_chat
 from internvl.train.run import RunConfig
 from internvl.train.settings import Data
@@ -56,15 +57,13 @@ class Prepared:
         return self._moved(lambda value: value.pin_memory())
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Prepared:
-        moved = self._moved(lambda value: value.to(device, non_blocking=non_blocking))
+        there = self._moved(lambda value: value.to(device, non_blocking=non_blocking))
         # bounds of segments stay on the host, which reads them
-        return replace(moved, batch=replace(moved.batch, segments=self.batch.segments))
+        return replace(there, batch=replace(there.batch, segments=self.batch.segments))
 
     def _moved(self, move: Any) -> Prepared:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        said = None if self.said is None else self.said.moved(move)
-        moved = {k: move(v) for k, v in values.items() if isinstance(v, Tensor | ChatBatch)}
-        return replace(self, **moved, said=said)
+        said = None if self.said is None else moved(self.said, move)
+        return replace(moved(self, move), batch=move(self.batch), said=said)
 
 
 class Sft:
