@@ -125,6 +125,34 @@ def test_a_told_token_has_the_length_of_a_word_and_says_its_box(records: Path, m
     torch.testing.assert_close(heard[:, -1], torch.zeros(len(heard)), rtol=0, atol=1e-4)
 
 
+def test_told_tokens_are_whole_where_the_run_computes_in_bfloat16(records: Path) -> None:
+    stage = begun(records)
+    told, said = told_of(stage), first_batch(stage).said
+    with torch.autocast("cpu", torch.bfloat16):
+        assert told.tokens(said).dtype is torch.float32
+
+
+def test_what_is_said_of_places_and_centres_is_uncertain(records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of an encoder; every draw another."""
+    silent(monkeypatch)
+    stage = begun(records)
+    told, said = told_of(stage), first_batch(stage).said
+    monkeypatch.setattr(told_module, "SIGNAL_NOISE", 0.4)
+    basis = directions(told.table.shape[1], told.length)
+    along = (basis / basis.square().sum(-1, keepdim=True)).T
+    one, other = (told.tokens(said).flatten(0, 1) @ along for _ in range(2))
+    placed = torch.zeros(len(one), dtype=torch.bool).index_fill(0, said.placed, True)
+    assert float((one - other)[placed, :-1].abs().max()) > 1e-3
+    assert float((one - other)[:, -1].abs().max()) > 1e-3
+    assert float((one - other)[~placed, :-1].abs().max()) < 1e-5
+
+
+def test_a_centre_is_shared_out_as_by_an_encoder_that_is_not_sure(records: Path) -> None:
+    said = first_batch(begun(records)).said
+    assert float(said.centres.sum()) == pytest.approx(len(said.tiles))
+    assert 0 < float(said.centres.max()) < 0.999
+
+
 def test_a_told_token_says_the_centres_under_it(records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     silent(monkeypatch)
     stage = begun(records)

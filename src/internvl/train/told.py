@@ -31,9 +31,9 @@ LEAST_NOISE, MOST_NOISE = 0.3, 2.2
 CONFUSED, MOST_CONFUSED = 0.6, 0.7
 """Share of names that are said together with that of a thing from another record, and the most that the other takes of
 what is said: an encoder that never saw a thing takes it in part for another one."""
-MOST_BLUR = 0.3
+MOST_BLUR = 0.8
 """Deviation, in tokens, of where the centre of a region is said to be: an encoder is not sure which token it is."""
-SIGNAL_NOISE = 0.15
+SIGNAL_NOISE = 0.4
 """Most deviation of what is said of boxes and centres from what is so; a wave is -1 to 1, a centre 0 or 1."""
 
 Weighted = list[tuple[int, float]]
@@ -130,7 +130,7 @@ class Told:
         waves = waves + (torch.randn(waves.shape) * doubt[said.placed.cpu(), None]).to(waves)
         centres = centres + (torch.randn(count) * doubt).to(centres)
         along = directions(words.shape[1], self.length).to(words.device)
-        out = out.index_add(0, said.placed, waves @ along[:-1]) + centres[:, None] * along[-1]
+        out = out.index_add(0, said.placed, (waves @ along[:-1]).float()) + centres[:, None] * along[-1]
         return out.view(-1, self.side**2, words.shape[1])
 
     def _spoken(self, texts: Sequence[str], others: Sequence[str], source: str) -> dict[str, Weighted]:
