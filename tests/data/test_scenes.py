@@ -207,12 +207,13 @@ def test_questions_apart_tell_nothing_of_each_other(collected: Path, seed: int, 
 def test_as_many_questions_apart_are_answered_yes_as_no(collected: Path) -> None:
     library = Library(collected, "train")
     answers = []
-    for seed in range(150):
+    for seed in range(60):
         scene = compose(library, np.random.default_rng(seed), "mixed")
-        asked = questions.apart(scene, library, np.random.default_rng(seed))
-        answers += [one.answer for one in asked if one.answer in ("yes", "no")]
-    assert len(answers) > 60
-    assert 0.35 < answers.count("yes") / len(answers) < 0.65
+        for draw in range(5):
+            asked = questions.apart(scene, library, np.random.default_rng((seed, draw)))
+            answers += [one.answer for one in asked if one.answer in ("yes", "no")]
+    assert len(answers) > 150
+    assert 0.43 < answers.count("yes") / len(answers) < 0.57
 
 
 def test_every_other_record_of_questions_apart_is_a_crowd(collected: Path, tmp_path: Path) -> None:
@@ -220,7 +221,7 @@ def test_every_other_record_of_questions_apart_is_a_crowd(collected: Path, tmp_p
     (tmp_path / "images/apart/000").mkdir(parents=True)
     made = [build_pocket.make_apart(shop, index) for index in range(30)]
     most = [max(Counter(region["text"] for region in line[0]["regions"]).values()) for line in made[1::2] if line]
-    assert sum(number > 1 for number in most) >= 5
+    assert sum(number > 1 for number in most) >= 9
     assert {len(line[0]["conversations"]) // 2 for line in made if line} <= {1, 2, 3}
 
 

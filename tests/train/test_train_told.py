@@ -80,7 +80,8 @@ def first_batch(stage: Sft) -> Prepared:
 def silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(told_module, "LEAST_NOISE", 0.0)
     monkeypatch.setattr(told_module, "MOST_NOISE", 0.0)
-    monkeypatch.setattr(told_module, "SIGNAL_NOISE", 0.0)
+    monkeypatch.setattr(told_module, "WAVE_NOISE", 0.0)
+    monkeypatch.setattr(told_module, "CENTRE_NOISE", 0.0)
     monkeypatch.setattr(told_module, "MOST_BLUR", 0.0)
 
 
@@ -125,6 +126,11 @@ def test_a_told_token_has_the_length_of_a_word_and_says_its_box(records: Path, m
     torch.testing.assert_close(heard[:, -1], torch.zeros(len(heard)), rtol=0, atol=1e-4)
 
 
+def test_what_is_said_goes_where_the_batch_goes(records: Path) -> None:
+    there = first_batch(begun(records)).to(torch.device("meta"))
+    assert {value.device.type for value in (there.batch.tiles, there.targets, there.said.centres)} == {"meta"}
+
+
 def test_told_tokens_are_whole_where_the_run_computes_in_bfloat16(records: Path) -> None:
     stage = begun(records)
     told, said = told_of(stage), first_batch(stage).said
@@ -137,7 +143,8 @@ def test_what_is_said_of_places_and_centres_is_uncertain(records: Path, monkeypa
     silent(monkeypatch)
     stage = begun(records)
     told, said = told_of(stage), first_batch(stage).said
-    monkeypatch.setattr(told_module, "SIGNAL_NOISE", 0.4)
+    monkeypatch.setattr(told_module, "WAVE_NOISE", 0.4)
+    monkeypatch.setattr(told_module, "CENTRE_NOISE", 0.15)
     basis = directions(told.table.shape[1], told.length)
     along = (basis / basis.square().sum(-1, keepdim=True)).T
     one, other = (told.tokens(said).flatten(0, 1) @ along for _ in range(2))

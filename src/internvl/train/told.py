@@ -33,8 +33,9 @@ CONFUSED, MOST_CONFUSED = 0.6, 0.7
 what is said: an encoder that never saw a thing takes it in part for another one."""
 MOST_BLUR = 0.8
 """Deviation, in tokens, of where the centre of a region is said to be: an encoder is not sure which token it is."""
-SIGNAL_NOISE = 0.4
-"""Most deviation of what is said of boxes and centres from what is so; a wave is -1 to 1, a centre 0 or 1."""
+WAVE_NOISE, CENTRE_NOISE = 0.4, 0.15
+"""Most deviation of what is said of boxes and centres from what is so; a wave is -1 to 1, a centre 0 or 1. More on 64
+tokens, and their sum would not be a count."""
 
 Weighted = list[tuple[int, float]]
 """Token ids, each with its share of what is said."""
@@ -125,10 +126,10 @@ class Told:
         named = F.normalize(named, dim=-1).view(-1, self.side**2, words.shape[1])
         noise = torch.randn(named.shape).to(named) * amount / math.sqrt(words.shape[1])
         out = F.normalize(named + noise, dim=-1).flatten(0, 1) * self.length * math.sqrt(1 - PLACE_SHARE**2)
-        doubt = torch.empty(len(said.tiles)).uniform_(0, SIGNAL_NOISE).repeat_interleave(self.side**2)
+        doubt = torch.rand(len(said.tiles)).repeat_interleave(self.side**2)
         waves, centres = place_waves(said.boxes), said.centres
-        waves = waves + (torch.randn(waves.shape) * doubt[said.placed.cpu(), None]).to(waves)
-        centres = centres + (torch.randn(count) * doubt).to(centres)
+        waves = waves + (torch.randn(waves.shape) * WAVE_NOISE * doubt[said.placed.cpu(), None]).to(waves)
+        centres = centres + (torch.randn(count) * CENTRE_NOISE * doubt).to(centres)
         along = directions(words.shape[1], self.length).to(words.device)
         out = out.index_add(0, said.placed, (waves @ along[:-1]).float()) + centres[:, None] * along[-1]
         return out.view(-1, self.side**2, words.shape[1])
