@@ -216,13 +216,25 @@ def test_as_many_questions_apart_are_answered_yes_as_no(collected: Path) -> None
     assert 0.43 < answers.count("yes") / len(answers) < 0.57
 
 
-def test_every_other_record_of_questions_apart_is_a_crowd(collected: Path, tmp_path: Path) -> None:
+def test_records_of_counts_are_crowds_and_ask_for_numbers_alone(collected: Path, tmp_path: Path) -> None:
+    shop = build_pocket.Shop(build_pocket.Plan(collected, tmp_path), Library(collected, "train"))
+    (tmp_path / "images/counts/000").mkdir(parents=True)
+    made = {index: one[0] for index in range(24) if (one := build_pocket.make_counts(shop, index))}
+    assert all(turn["value"].isdigit() for line in made.values() for turn in line["conversations"][1::2])
+    crowds = [line for index, line in made.items() if index % 4]
+    most = [max(Counter(region["text"] for region in line["regions"]).values()) for line in crowds]
+    assert sum(number > 1 for number in most) > 0.6 * len(crowds) > 9
+    shapes = [line for index, line in made.items() if not index % 4]
+    names = {name for line in shapes for region in line["regions"] for name in region["text"].split()[1:]}
+    assert shapes
+    assert names <= set(scenes.SHAPES)
+
+
+def test_records_of_questions_apart_are_short(collected: Path, tmp_path: Path) -> None:
     shop = build_pocket.Shop(build_pocket.Plan(collected, tmp_path), Library(collected, "train"))
     (tmp_path / "images/apart/000").mkdir(parents=True)
     made = [build_pocket.make_apart(shop, index) for index in range(30)]
-    most = [max(Counter(region["text"] for region in line[0]["regions"]).values()) for line in made[1::2] if line]
-    assert sum(number > 1 for number in most) >= 9
-    assert {len(line[0]["conversations"]) // 2 for line in made if line} <= {1, 2, 3}
+    assert {1, 2} <= {len(line[0]["conversations"]) // 2 for line in made if line} <= {1, 2, 3}
 
 
 def test_every_other_record_of_boxes_has_one_thing(collected: Path, tmp_path: Path) -> None:

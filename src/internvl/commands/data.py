@@ -32,7 +32,9 @@ class Build:
     boxes: int = 20_000
     """Scenes, half of them with one thing, of which nothing but places is asked."""
     apart: int = 20_000
-    """Scenes of which one to three things are asked that do not tell of each other, half of them crowds to count."""
+    """Scenes of which one to three things are asked that do not tell of each other."""
+    counts: int = 15_000
+    """Crowds and shapes of which nothing but their number is asked."""
     workers: int = os.cpu_count() or 2
     seed: int = 0
     collected: Path | None = None
@@ -115,7 +117,7 @@ def _build(asked: Build) -> int:
     from internvl.data.collect import collect
 
     collected = asked.collected or collect(workers=asked.workers)
-    numbers = (asked.scenes, asked.words, asked.boxes, asked.apart)
+    numbers = (asked.scenes, asked.words, asked.boxes, asked.apart, asked.counts)
     plan = Plan(collected, asked.out, *numbers, asked.seed, asked.workers)
     build(plan, say)
     return 0

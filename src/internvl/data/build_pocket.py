@@ -31,9 +31,9 @@ VARIANTS = 6
 """Records of each picture: other questions, another ground."""
 CROWDED = 24
 """Pictures of one name beyond which each gets fewer records, so that emoji faces do not fill the set."""
-STREAMS = {"scenes": 1, "words": 2, "pictures": 3, "easy_vqa": 4, "boxes": 5, "apart": 6}
+STREAMS = {"scenes": 1, "words": 2, "pictures": 3, "easy_vqa": 4, "boxes": 5, "apart": 6, "counts": 7}
 """First number of a record's seed, so that sets do not share random numbers."""
-REPEATS = {"scenes": 1, "words": 0.8, "pictures": 0.6, "easy_vqa": 0.3, "boxes": 0.4, "apart": 1}
+REPEATS = {"scenes": 1, "words": 0.8, "pictures": 0.6, "easy_vqa": 0.3, "boxes": 0.4, "apart": 0.5, "counts": 0.5}
 """repeat_time of the meta JSON: scenes teach most, single shapes least."""
 
 
@@ -45,6 +45,7 @@ class Plan:
     words: int = 25_000
     boxes: int = 20_000
     apart: int = 20_000
+    counts: int = 15_000
     seed: int = 0
     workers: int = 2
 
@@ -104,6 +105,7 @@ def build(plan: Plan, log: Callable[[str], None] = lambda line: None) -> dict[st
         "words": plan.words,
         "boxes": plan.boxes,
         "apart": plan.apart,
+        "counts": plan.counts,
         "pictures": len(shop.pictures),
         "easy_vqa": len(shop.easy_vqa),
     }
@@ -204,11 +206,19 @@ def make_boxes(shop: Shop, index: int) -> Made | None:
 
 
 def make_apart(shop: Shop, index: int) -> Made | None:
-    """A scene of which one to three things are asked that do not tell of each other; every other one is a crowd."""
+    """A scene of which one to three things are asked that do not tell of each other."""
     rng = shop.generator("apart", index)
-    scene = scenes.compose(shop.library, rng, "count" if index % 2 else None)
+    scene = scenes.compose(shop.library, rng)
     asked = questions.apart(scene, shop.library, rng)
     return (_of_scene(shop, "apart", index, scene, asked, rng), []) if asked else None
+
+
+def make_counts(shop: Shop, index: int) -> Made | None:
+    """A crowd, every fourth one of shapes, where all that is asked is how many there are."""
+    rng = shop.generator("counts", index)
+    scene = scenes.compose(shop.library, rng, "count" if index % 4 else "shapes")
+    asked = questions.apart(scene, shop.library, rng, {"count": 1.0})
+    return (_of_scene(shop, "counts", index, scene, asked, rng), []) if asked else None
 
 
 def _of_scene(
@@ -247,7 +257,7 @@ def make_easy_vqa(shop: Shop, index: int) -> Made:
 
 _MAKERS: dict[str, Callable[[Shop, int], Made | None]] = {
     "scenes": make_scene, "words": make_words, "pictures": make_picture, "easy_vqa": make_easy_vqa,
-    "boxes": make_boxes, "apart": make_apart,
+    "boxes": make_boxes, "apart": make_apart, "counts": make_counts,
 }  # fmt: skip
 
 
@@ -266,6 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--words", type=int, default=Plan.words)
     parser.add_argument("--boxes", type=int, default=Plan.boxes)
     parser.add_argument("--apart", type=int, default=Plan.apart)
+    parser.add_argument("--counts", type=int, default=Plan.counts)
     parser.add_argument("--seed", type=int, default=Plan.seed)
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     plan = Plan(**vars(parser.parse_args(arguments)))

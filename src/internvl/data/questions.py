@@ -6,7 +6,7 @@ captions; `<ref>name</ref><box>[[x1, y1, x2, y2]]</box>` on the 0..1000 grid for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -50,12 +50,15 @@ def conversation(scene: Scene, library: Library, generator: np.random.Generator)
     return list(asked.values())
 
 
-def apart(scene: Scene, library: Library, generator: np.random.Generator) -> list[Asked]:
+def apart(
+    scene: Scene, library: Library, generator: np.random.Generator, asking: Mapping[Task, float] | None = None
+) -> list[Asked]:
     """One to three questions of which none says what answers another: each is to be read from the picture.
 
-    In a longer conversation most can be told from what was asked and answered before, and are learned so.
+    In a longer conversation most can be told from what was asked and answered before, and are learned so. `asking`:
+    tasks with their shares, instead of those of the scene's kind.
     """
-    tasks, shares = zip(*_APART[scene.kind].items(), strict=True)
+    tasks, shares = zip(*(asking or _APART[scene.kind]).items(), strict=True)
     number = 1 if scene.kind == "shapes" else int(generator.integers(1, 4))
     asked: list[Asked] = []
     spoken: set[str] = set()

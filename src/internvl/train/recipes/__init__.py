@@ -65,6 +65,7 @@ GROUPS: dict[str, dict[str, Recipe]] = {
         "pocket_align": Recipe(pocket.pocket_align, pocket.prepare),
         "pocket_told": Recipe(pocket.pocket_told, pocket.prepare),
         "pocket_told_boxes": Recipe(pocket.pocket_told_boxes, pocket.prepare),
+        "pocket_told_counts": Recipe(pocket.pocket_told_counts, pocket.prepare),
         "pocket_connector": Recipe(pocket.pocket_connector, pocket.prepare),
         "pocket_sft": Recipe(pocket.pocket_sft, pocket.prepare),
         "pocket_connector_cpu": Recipe(pocket.pocket_connector_cpu, pocket.prepare),
