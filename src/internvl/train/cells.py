@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 WAVES = (1, 2, 4)
 """Half periods, over the picture, of the sines and cosines that say where the sides of a box are."""
+NUM_SIGNALS = 2 * 4 * len(WAVES) + 1
+"""Sine and cosine of each wave for each side of a box, and centres."""
 BACKGROUND = "background"
 """What a token says under which there is nothing."""
 PLACE_SHARE = 0.5
@@ -166,7 +168,7 @@ def directions(width: int, length: float) -> Float[Tensor, "waves width"]:
 
     The last is that of centres.
     """
-    num_waves = 2 * 4 * len(WAVES)
+    num_waves = NUM_SIGNALS - 1
     generator = torch.Generator().manual_seed(0)
     random = [torch.randn(width, number, generator=generator) for number in (num_waves, 1)]
     orthogonal: Tensor = torch.linalg.qr(torch.cat(random, dim=1))[0].T

@@ -21,7 +21,7 @@ from internvl.models.contrastive import DualModel
 from internvl.models.internvit import InternViT
 from internvl.train import trainable
 from internvl.train.alive import Memory, Trace, trace
-from internvl.train.cells import Cells, directions
+from internvl.train.cells import NUM_SIGNALS, Cells
 from internvl.train.depths import Stack, deepen, named_blocks, shallow
 from internvl.train.rehearse import Blank, Kept, chat_layers, chat_stacks, largest, learned_of, plain, stacks_of
 from internvl.train.run import RunConfig
@@ -196,7 +196,7 @@ class Placing(Blank, Align):
         self.store = Kept(model) if run.data.features != "none" else None  # type: ignore[assignment]
         width = model.config.language.width
         self.table = torch.zeros(num_words, width)
-        self.directions = directions(width, 1.0)
+        self.directions = torch.ones(NUM_SIGNALS, width)
 
 
 def rehearse_distill(

@@ -126,10 +126,10 @@ class Told:
         named = F.normalize(named, dim=-1).view(-1, self.side**2, words.shape[1])
         noise = torch.randn(named.shape).to(named) * amount / math.sqrt(words.shape[1])
         out = F.normalize(named + noise, dim=-1).flatten(0, 1) * self.length * math.sqrt(1 - PLACE_SHARE**2)
-        doubt = torch.rand(len(said.tiles)).repeat_interleave(self.side**2)
+        doubt = torch.rand(len(said.tiles)).to(words.device).repeat_interleave(self.side**2)
         waves, centres = place_waves(said.boxes), said.centres
-        waves = waves + (torch.randn(waves.shape) * WAVE_NOISE * doubt[said.placed.cpu(), None]).to(waves)
-        centres = centres + (torch.randn(count) * CENTRE_NOISE * doubt).to(centres)
+        waves = waves + torch.randn(waves.shape).to(waves) * WAVE_NOISE * doubt[said.placed, None]
+        centres = centres + torch.randn(count).to(centres) * CENTRE_NOISE * doubt
         along = directions(words.shape[1], self.length).to(words.device)
         out = out.index_add(0, said.placed, (waves @ along[:-1]).float()) + centres[:, None] * along[-1]
         return out.view(-1, self.side**2, words.shape[1])

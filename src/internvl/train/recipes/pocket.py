@@ -101,7 +101,7 @@ def pocket_told_counts() -> RunConfig:
     """`pocket`, amid stage 2: from told tokens, nothing but counting, until it is found.
 
     In conversations numbers are learned from what was asked and answered before: asked alone, three things were counted
-    right in a quarter of the scenes, told or seen. Stage 2 goes on afterwards, as this unlearns the rest.
+    right in a quarter of the scenes even when told. Stage 2 goes on afterwards, as this unlearns the rest.
     Command: internvl train pocket_told_counts
     """
     run = pocket_told()
