@@ -165,6 +165,23 @@ def test_tokens_learn_where_the_box_is_that_they_lie_in(records: Path) -> None:
     assert found[-1] < 0.05 * found[0]
 
 
+def test_only_tokens_in_a_box_learn_places_and_all_that_are_looked_at_centres(records: Path) -> None:
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    for line in lines:
+        line["regions"][0]["box"] = [500, 500, 1000, 1000]  # the last of four tokens: those before are background
+    records.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    made = stage(records)
+    batch = next(made.batches())
+    said = torch.randn(4, made.side**2, made.table.shape[1], requires_grad=True)
+    made.model.connector.forward = lambda seen: said  # type: ignore[method-assign]
+    for loss, learning in ((PLACES, batch.tokens[batch.placed]), (CENTRES, batch.tokens)):
+        (given,) = torch.autograd.grad(made.losses(batch)[loss], said)
+        found = torch.nonzero(given.flatten(0, 1).abs().sum(-1)).flatten()
+        assert found.tolist() == sorted(learning.tolist())
+    assert len(batch.placed) == 4
+    assert len(batch.tokens) == 16
+
+
 def test_tokens_learn_which_of_them_holds_the_centre(records: Path) -> None:
     lines = [json.loads(line) for line in records.read_text().splitlines()]
     for line in lines:
