@@ -55,7 +55,7 @@ def apart(
 ) -> list[Asked]:
     """One to three questions of which none says what answers another: each is to be read from the picture.
 
-    In a longer conversation most can be told from what was asked and answered before, and are learned so. `asking`:
+    In a longer conversation some can be told from what was asked and answered before, and are learned so. `asking`:
     tasks with their shares, instead of those of the scene's kind.
     """
     tasks, shares = zip(*(asking or _APART[scene.kind]).items(), strict=True)
