@@ -1,4 +1,4 @@
-"""What lies under each visual token of a picture, for the `align` stage: texts and boxes of its regions."""
+"""What lies under each visual token of a picture, seen or told: texts, boxes and centres of its regions."""
 
 from __future__ import annotations
 

@@ -86,15 +86,8 @@ def pocket_told_boxes() -> RunConfig:
     boxes of several then follow. The rest is unlearned, so stage 2 begins with the mean of both.
     Command: internvl train pocket_told_boxes
     """
-    run = pocket_told()
-    return replace(
-        run,
-        out="runs/pocket_told_boxes",
-        start=("runs/pocket_told/parts",),
-        data=replace(run.data, meta=f"{DATA}/boxes.jsonl", held_out="", held_out_samples=None, told=1.0),
-        optimiser=replace(run.optimiser, peak_lr=1e-3),
-        schedule=Schedule(steps=600, warmup_share=0.03),
-    )
+    run = _told_alone("boxes", start="pocket_told", steps=600)
+    return replace(run, optimiser=replace(run.optimiser, peak_lr=1e-3))
 
 
 def pocket_told_counts() -> RunConfig:
@@ -104,14 +97,7 @@ def pocket_told_counts() -> RunConfig:
     right in a quarter of the scenes even when told. Stage 2 goes on afterwards, as this unlearns the rest.
     Command: internvl train pocket_told_counts
     """
-    run = pocket_told()
-    return replace(
-        run,
-        out="runs/pocket_told_counts",
-        start=("runs/pocket_sft_cpu/parts",),
-        data=replace(run.data, meta=f"{DATA}/counts.jsonl", held_out="", held_out_samples=None, told=1.0),
-        schedule=Schedule(steps=700, warmup_share=0.03),
-    )
+    return _told_alone("counts", start="pocket_sft_cpu", steps=700)
 
 
 def pocket_connector() -> RunConfig:
@@ -259,6 +245,18 @@ def write_base(folder: Path, seed: int = 0) -> None:
         save_file(connector.state_dict(), Path(source) / "connector.safetensors")
         folder.parent.mkdir(parents=True, exist_ok=True)
         assemble(Path(source), folder, torch.float32)
+
+
+def _told_alone(name: str, start: str, steps: int) -> RunConfig:
+    """One set, all of it told, from the parts that another recipe leaves."""
+    run = pocket_told()
+    return replace(
+        run,
+        out=f"runs/pocket_told_{name}",
+        start=(f"runs/{start}/parts",),
+        data=replace(run.data, meta=f"{DATA}/{name}.jsonl", held_out="", held_out_samples=None, told=1.0),
+        schedule=Schedule(steps=steps, warmup_share=0.03),
+    )
 
 
 def _data_cpu(data: Data) -> Data:
