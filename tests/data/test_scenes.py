@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from internvl.data import build_pocket, colours, heldout_pocket, places, questions, scenes, words
+from internvl.data import build_pocket, colours, heldout_pocket, places, questions, scenes, shapes, words
 from internvl.data.library import Library
 from internvl.data.scenes import Scene, Thing, compose
 from internvl.evaluate.heldout import read_heldout
@@ -81,7 +81,7 @@ def test_box_is_tight_on_what_was_pasted(collected: Path, seed: int) -> None:
     """On a white ground the changed pixels of a lone opaque shape are its box, to the pixel of its soft edge."""
     generator = np.random.default_rng(seed)
     scene = Scene(Image.new("RGB", (240, 220), "white"), [], "shapes", "white")
-    patch = scenes.draw_shape(scenes.SHAPES[seed % len(scenes.SHAPES)], (200, 20, 20), generator)
+    patch = shapes.draw_shape(shapes.SHAPES[seed % len(shapes.SHAPES)], (200, 20, 20), generator)
     scenes._place(scene, patch, Thing("red thing", "thing", (0, 0, 0, 0), "red"), generator)
     (thing,) = scene.things
     changed = np.argwhere((np.asarray(scene.image) < 200).any(axis=2))
@@ -172,6 +172,72 @@ def test_two_colours_have_no_name() -> None:
     assert colours.measure(image) is None
 
 
+def _shaded_drawing() -> Image.Image:
+    """A ball lit from above, with an outline: light, shade and black."""
+    ball = np.zeros((90, 90, 4), np.uint8)
+    ball[..., :3] = np.linspace(250, 120, 90)[:, None, None] * np.array([0.9, 0.5, 0.2])
+    image = Image.fromarray(ball, "RGBA")
+    ImageDraw.Draw(image).ellipse((3, 3, 86, 86), outline=(5, 5, 5, 255), width=3)
+    inside = Image.new("L", image.size, 0)
+    ImageDraw.Draw(inside).ellipse((3, 3, 86, 86), fill=255)
+    image.putalpha(inside)
+    return image
+
+
+def test_repainted_pictures_bear_their_new_colour_and_keep_their_outline_and_shades() -> None:
+    drawing, generator = _shaded_drawing(), np.random.default_rng(0)
+    before = np.asarray(drawing, np.float32)
+    found: Counter[str] = Counter()
+    for _ in range(200):
+        made = colours.repaint(drawing, generator)
+        if made is None:
+            continue
+        found[made[1]] += 1
+        after = np.asarray(made[0], np.float32)
+        assert colours.measure(made[0]) == made[1]
+        assert (after[..., 3] == before[..., 3]).all()
+        lit, shaded, outline = (float(after[y, 45, :3] @ colours._LUMINANCE) for y in (12, 78, 4))
+        assert lit > shaded > outline or (made[1] == "black" and lit >= shaded >= outline)
+    assert set(found) == set(colours.MEASURED)
+    assert found.total() > 150
+    assert max(found.values()) < 4 * min(found.values())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000))
+def test_things_stand_in_the_scene_in_the_colour_they_are_called(collected: Path, seed: int) -> None:
+    library = Library(collected, "train")
+    scene = compose(library, np.random.default_rng(seed), "colour", repainted=1.0)
+    for thing in scene.things:
+        left, top, right, bottom = thing.box
+        middle = scene.image.getpixel(((left + right) // 2, (top + bottom) // 2))
+        assert isinstance(middle, tuple)
+        said = int(colours.name_pixels(np.array([middle[:3]], np.float32) / 255)[0])
+        assert said in (-1, colours.NAMES.index(str(thing.colour)))
+
+
+def test_cut_outs_keep_their_colour_where_nothing_is_repainted(collected: Path) -> None:
+    library = Library(collected, "train")
+    for kind, repainted, own in (("colour", 0.0, True), ("count", 1.0, True), ("colour", 1.0, False)):
+        made = [compose(library, np.random.default_rng(seed), kind, repainted=repainted) for seed in range(8)]
+        assert all(thing.colour == "red" for scene in made for thing in scene.things) == own
+
+
+def test_records_of_colours_tell_them_in_their_regions_and_ask_for_them(collected: Path, tmp_path: Path) -> None:
+    shop = build_pocket.Shop(build_pocket.Plan(collected, tmp_path), Library(collected, "train"))
+    (tmp_path / "images/colours/000").mkdir(parents=True)
+    made = [one[0] for index in range(40) if (one := build_pocket.make_colours(shop, index))]
+    asked = 0
+    for line in made:
+        said = {region["text"] for region in line["regions"]}
+        for question, answer in zip(line["conversations"][::2], line["conversations"][1::2], strict=True):
+            if answer["value"] not in ("yes", "no"):
+                asked += 1
+                assert any(f"{answer['value']} {head}" in said for head in HEADS if head in question["value"])
+    assert asked > 30
+    assert len({text.split()[0] for line in made for text in {r["text"] for r in line["regions"]}}) >= 8
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([1, None]))
 def test_boxes_are_asked_of_single_things_to_the_nearest_step(collected: Path, seed: int, most: int | None) -> None:
@@ -224,10 +290,10 @@ def test_records_of_counts_are_crowds_and_ask_for_numbers_alone(collected: Path,
     crowds = [line for index, line in made.items() if index % 4]
     most = [max(Counter(region["text"] for region in line["regions"]).values()) for line in crowds]
     assert sum(number > 1 for number in most) > 0.6 * len(crowds) > 9
-    shapes = [line for index, line in made.items() if not index % 4]
-    names = {name for line in shapes for region in line["regions"] for name in region["text"].split()[1:]}
-    assert shapes
-    assert names <= set(scenes.SHAPES)
+    painted = [line for index, line in made.items() if not index % 4]
+    names = {name for line in painted for region in line["regions"] for name in region["text"].split()[1:]}
+    assert painted
+    assert names <= set(shapes.SHAPES)
 
 
 def test_records_of_questions_apart_are_short(collected: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from internvl.models.four_bit import GROUP, FourBitProduct, low_rank, quantise, 
 from internvl.models.fused import FusedDecoder, attend_causally
 from internvl.models.language import LanguageModel
 from internvl.models.products import (
+    FIXED_ROWS,
     BlockedProduct,
     PlainProduct,
     blocked_is_available,
@@ -127,6 +128,31 @@ def test_a_row_has_the_bits_that_it_has_alone(int4: bool) -> None:
         for row, prompt in enumerate(prompts):
             decoder.read([prompt], [0])
             assert torch.equal(decoder.step(tokens[row : row + 1], lengths[row : row + 1])[0], together[row])
+
+
+def test_prompts_are_read_whole_where_steps_go_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt is read alone: groups of rows would only cost, 28 products a layer instead of one."""
+    monkeypatch.setattr("internvl.models.fused.keeps_bits", lambda product, width: False)
+    rows: list[int] = []
+    taken = PlainProduct.__call__
+
+    def counted(self: PlainProduct, x: torch.Tensor) -> torch.Tensor:
+        rows.append(len(x))
+        return taken(self, x)
+
+    monkeypatch.setattr(PlainProduct, "__call__", counted)
+    language = tiny_model("llama", dtype=torch.bfloat16).language
+    decoder, bare = (FusedDecoder(language, "plain", exact=exact) for exact in (True, False))
+    prompt = language.embed(torch.arange(10, 31)[None])[0]
+    for one in (decoder, bare):
+        one.reserve(6, 32)
+    read = decoder.read([prompt], [0])
+    assert rows.count(len(prompt)) > 5
+    assert rows.count(FIXED_ROWS) == 1, "the head's"
+    torch.testing.assert_close(read, bare.read([prompt], [0]), rtol=0.05, atol=0.05)
+    rows.clear()
+    decoder.step(torch.arange(6), [3] * 6)
+    assert set(rows) == {FIXED_ROWS}
 
 
 def test_a_second_copy_of_the_weights_is_made_only_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:

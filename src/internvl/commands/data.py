@@ -35,6 +35,8 @@ class Build:
     """Scenes of which one to three things are asked that do not tell of each other."""
     counts: int = 15_000
     """Crowds and shapes of which nothing but their number is asked."""
+    colours: int = 15_000
+    """Cut-outs painted in other colours, which are asked."""
     workers: int = os.cpu_count() or 2
     seed: int = 0
     collected: Path | None = None
@@ -117,7 +119,7 @@ def _build(asked: Build) -> int:
     from internvl.data.collect import collect
 
     collected = asked.collected or collect(workers=asked.workers)
-    numbers = (asked.scenes, asked.words, asked.boxes, asked.apart, asked.counts)
+    numbers = (asked.scenes, asked.words, asked.boxes, asked.apart, asked.counts, asked.colours)
     plan = Plan(collected, asked.out, *numbers, asked.seed, asked.workers)
     build(plan, say)
     return 0

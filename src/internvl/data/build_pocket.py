@@ -31,9 +31,18 @@ VARIANTS = 6
 """Records of each picture: other questions, another ground."""
 CROWDED = 24
 """Pictures of one name beyond which each gets fewer records, so that emoji faces do not fill the set."""
-STREAMS = {"scenes": 1, "words": 2, "pictures": 3, "easy_vqa": 4, "boxes": 5, "apart": 6, "counts": 7}
+STREAMS = {"scenes": 1, "words": 2, "pictures": 3, "easy_vqa": 4, "boxes": 5, "apart": 6, "counts": 7, "colours": 8}
 """First number of a record's seed, so that sets do not share random numbers."""
-REPEATS = {"scenes": 1, "words": 0.8, "pictures": 0.6, "easy_vqa": 0.3, "boxes": 0.4, "apart": 0.5, "counts": 0.5}
+REPEATS = {
+    "scenes": 1,
+    "words": 0.8,
+    "pictures": 0.6,
+    "easy_vqa": 0.3,
+    "boxes": 0.4,
+    "apart": 0.5,
+    "counts": 0.5,
+    "colours": 0.5,
+}
 """repeat_time of the meta JSON: scenes teach most, single shapes least."""
 
 
@@ -46,6 +55,7 @@ class Plan:
     boxes: int = 20_000
     apart: int = 20_000
     counts: int = 15_000
+    colours: int = 15_000
     seed: int = 0
     workers: int = 2
 
@@ -106,6 +116,7 @@ def build(plan: Plan, log: Callable[[str], None] = lambda line: None) -> dict[st
         "boxes": plan.boxes,
         "apart": plan.apart,
         "counts": plan.counts,
+        "colours": plan.colours,
         "pictures": len(shop.pictures),
         "easy_vqa": len(shop.easy_vqa),
     }
@@ -221,6 +232,14 @@ def make_counts(shop: Shop, index: int) -> Made | None:
     return (_of_scene(shop, "counts", index, scene, asked, rng), []) if asked else None
 
 
+def make_colours(shop: Shop, index: int) -> Made | None:
+    """A scene of cut-outs in colours that are not their own: what is asked can only be seen."""
+    rng = shop.generator("colours", index)
+    scene = scenes.compose(shop.library, rng, "colour", repainted=0.85)
+    asked = questions.apart(scene, shop.library, rng, {"colour": 0.85, "yesno": 0.15})
+    return (_of_scene(shop, "colours", index, scene, asked, rng), []) if asked else None
+
+
 def _of_scene(
     shop: Shop, name: str, index: int, scene: scenes.Scene, asked: list[Asked], rng: np.random.Generator
 ) -> dict[str, Any]:
@@ -257,7 +276,7 @@ def make_easy_vqa(shop: Shop, index: int) -> Made:
 
 _MAKERS: dict[str, Callable[[Shop, int], Made | None]] = {
     "scenes": make_scene, "words": make_words, "pictures": make_picture, "easy_vqa": make_easy_vqa,
-    "boxes": make_boxes, "apart": make_apart, "counts": make_counts,
+    "boxes": make_boxes, "apart": make_apart, "counts": make_counts, "colours": make_colours,
 }  # fmt: skip
 
 
@@ -277,6 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--boxes", type=int, default=Plan.boxes)
     parser.add_argument("--apart", type=int, default=Plan.apart)
     parser.add_argument("--counts", type=int, default=Plan.counts)
+    parser.add_argument("--colours", type=int, default=Plan.colours)
     parser.add_argument("--seed", type=int, default=Plan.seed)
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     plan = Plan(**vars(parser.parse_args(arguments)))

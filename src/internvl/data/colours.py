@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from colorsys import hsv_to_rgb
+
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
@@ -78,6 +80,8 @@ def _hue(rgb: np.ndarray, high: np.ndarray, chroma: np.ndarray) -> np.ndarray:
     return np.asarray(hue * 60 % 360)
 
 
+_LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
+"""Rec. 601."""
 _PAINT = {
     "red": ((214, 240), (12, 32), (12, 32)), "orange": ((240, 255), (128, 150), (0, 25)), "yellow": ((240, 255),
     (215, 235), (0, 50)),
@@ -97,6 +101,44 @@ def paint(name: str, generator: np.random.Generator) -> tuple[int, int, int]:
     return red, green, blue
 
 
+_TRIES = 40
+"""Draws of a colour until it bears the name that was asked for: pink is the rarest, one in eight."""
+_CONTRASTS = (1.0, 0.6, 0.3)
+"""Of a repainted picture, weaker where light and shade would bear other names."""
+
+
+def repaint(picture: Image.Image, generator: np.random.Generator) -> tuple[Image.Image, str] | None:
+    """A cut-out in a colour that is drawn, and what it is called; light, shade and outlines stay.
+
+    None where, painted so, people could still disagree: a drawing of lines, say.
+    """
+    name = MEASURED[int(generator.integers(len(MEASURED)))]
+    rgb = _drawn(name, generator)
+    pixels = np.asarray(picture, np.float32)
+    opaque = pixels[..., 3] > 200
+    if rgb is None or not opaque.any():
+        return None
+    light = pixels[..., :3] @ _LUMINANCE
+    light = np.clip(light / max(float(np.median(light[opaque])), 1.0), 0, 2)[..., None] - 1
+    for contrast in _CONTRASTS:
+        shade = contrast * light
+        painted = rgb + np.where(shade < 0, rgb, 0.7 * (255 - rgb)) * shade
+        image = Image.fromarray(np.concatenate([painted, pixels[..., 3:]], -1).round().astype(np.uint8), "RGBA")
+        if measure(image) == name:
+            return image, name
+    return None
+
+
+def _drawn(name: str, generator: np.random.Generator) -> Float[np.ndarray, "3"] | None:
+    """Any colour of that name, dark ones and duller ones too."""
+    low, high = ((0, 0, 0), (1, 0.3, 0.2)) if name == "black" else ((0, 0.35, 0.25), (1, 1, 1))
+    for _ in range(_TRIES):
+        rgb = np.array(hsv_to_rgb(*generator.uniform(low, high)), np.float32)
+        if name_pixels(rgb[None])[0] == NAMES.index(name):
+            return 255 * rgb
+    return None
+
+
 def luminance(rgb: np.ndarray | tuple[int, ...]) -> float:
     """Mean relative luminance, 0 to 255 (Rec. 601)."""
-    return float((np.asarray(rgb, np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)).mean())
+    return float((np.asarray(rgb, np.float32) @ _LUMINANCE).mean())

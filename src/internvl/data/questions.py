@@ -16,7 +16,8 @@ from internvl.data.library import Library
 from internvl.data.names import plural, with_article
 from internvl.data.packaged.common import set_of
 from internvl.data.places import beside, box, position, region
-from internvl.data.scenes import SHAPES, Scene, Thing
+from internvl.data.scenes import Scene, Thing
+from internvl.data.shapes import SHAPES
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 _SCENERY = set_of(

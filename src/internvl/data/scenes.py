@@ -5,19 +5,19 @@ What is asked about a scene is `questions.py`. Everything follows from the gener
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from internvl.data import colours
 from internvl.data.library import Entry, Library
+from internvl.data.shapes import SHAPES, draw_shape
 
 Box = tuple[int, int, int, int]
 Kind = Literal["mixed", "count", "shapes", "colour"]
 KINDS: tuple[tuple[Kind, float], ...] = (("mixed", 0.40), ("count", 0.26), ("shapes", 0.22), ("colour", 0.12))
-SHAPES = ("circle", "square", "triangle", "rectangle", "star", "heart", "diamond", "hexagon", "cross", "ring")
 _LARGEST = {1: 0.85, 2: 0.55, 3: 0.46, 4: 0.42, 5: 0.38, 6: 0.34, 7: 0.32, 8: 0.3}
 """Longest side of an object as a share of the canvas, by number of objects."""
 _SMALLEST = 0.2
@@ -78,13 +78,17 @@ def compose(
     kind: Kind | None = None,
     small: bool | None = None,
     most: int | None = None,
+    repainted: float = 0.0,
 ) -> Scene:
-    """One scene of at most `most` things; `kind` and size are drawn where not given."""
+    """One scene of at most `most` things; `kind` and size are drawn where not given.
+
+    `repainted` is the share of cut-outs, but for crowds, that stand there in a colour that is drawn.
+    """
     names, shares = zip(*KINDS, strict=True)
     kind = kind or names[int(generator.choice(len(names), p=shares))]
     canvas, ground, pictures = lay_ground(library, generator, small, 0.25 if kind == "shapes" else 0.5)
     scene = Scene(canvas, [], kind, ground, pictures)
-    for patch, thing in _cast(library, generator, kind, canvas)[:most]:
+    for patch, thing in _cast(library, generator, kind, canvas, repainted)[:most]:
         _place(scene, patch, thing, generator)
     return scene
 
@@ -128,7 +132,7 @@ def crop_photo(photo: Image.Image, size: tuple[int, int], generator: np.random.G
 
 
 def _cast(
-    library: Library, generator: np.random.Generator, kind: Kind, canvas: Image.Image
+    library: Library, generator: np.random.Generator, kind: Kind, canvas: Image.Image, repainted: float
 ) -> list[tuple[Image.Image, Thing]]:
     """What stands in the scene, with the picture of each, unplaced."""
     if kind == "shapes":
@@ -136,14 +140,22 @@ def _cast(
     if kind == "count":
         return _crowd(library, generator)
     number = int(generator.choice([1, 2, 3, 4, 5, 6], p=[0.16, 0.34, 0.24, 0.14, 0.08, 0.04]))
-    heads = _different(library, generator, number, library.coloured if kind == "colour" else None)
+    coloured = kind == "colour" and not repainted
+    heads = _different(library, generator, number, library.coloured if coloured else None)
     cast = []
     for head in heads:
-        found = library.cutouts[head]
-        if kind == "colour":
-            found = [entry for entry in found if entry.colour]
-        cast.append(_take(library, found[int(generator.integers(len(found)))], generator))
+        found = [entry for entry in library.cutouts[head] if entry.colour or not coloured]
+        patch, thing = _take(library, found[int(generator.integers(len(found)))], generator)
+        cast.append(_repaint(patch, thing, generator, repainted) if repainted else (patch, thing))
     return cast
+
+
+def _repaint(
+    patch: Image.Image, thing: Thing, generator: np.random.Generator, share: float
+) -> tuple[Image.Image, Thing]:
+    """Its name becomes the bare noun: the old one may tell of the old colour."""
+    painted = colours.repaint(patch, generator) if generator.random() < share else None
+    return (patch, thing) if painted is None else (painted[0], replace(thing, name=thing.noun, colour=painted[1]))
 
 
 def _different(library: Library, generator: np.random.Generator, number: int, pool: list[str] | None) -> list[str]:
@@ -211,45 +223,6 @@ def _shapes(generator: np.random.Generator, canvas: Image.Image) -> list[tuple[I
 
 def _pick(options: tuple[str, ...], generator: np.random.Generator) -> str:
     return options[int(generator.integers(len(options)))]
-
-
-def draw_shape(shape: str, rgb: tuple[int, int, int], generator: np.random.Generator, side: int = 160) -> Image.Image:
-    """A filled shape on a transparent square, drawn large and shrunk for smooth edges."""
-    big = 2 * side
-    image = Image.new("RGBA", (big, big), (*rgb, 0))
-    draw, ink = ImageDraw.Draw(image), (*rgb, 255)
-    low, high, middle = 0.04 * big, 0.96 * big, big / 2
-    if shape in ("circle", "ring"):
-        draw.ellipse((low, low, high, high), outline=ink, width=big // 6, fill=ink if shape == "circle" else None)
-    elif shape in ("square", "rectangle"):
-        thin = 0 if shape == "square" else big * generator.uniform(0.18, 0.28)
-        draw.rectangle((low, low + thin, high, high - thin), fill=ink)
-    elif shape == "cross":
-        third = big / 3
-        draw.rectangle((low, third, high, 2 * third), fill=ink)
-        draw.rectangle((third, low, 2 * third, high), fill=ink)
-    else:
-        draw.polygon([(middle + x * 0.46 * big, middle + y * 0.46 * big) for x, y in _outline(shape)], fill=ink)
-    if shape == "rectangle" and generator.random() < 0.5:
-        image = image.transpose(Image.Transpose.ROTATE_90)
-    if shape not in ("circle", "ring", "diamond", "square", "cross"):  # a turned square is a diamond
-        image = image.rotate(generator.uniform(-14, 14), Image.Resampling.BILINEAR)
-    return image.resize((side, side), Image.Resampling.BOX)
-
-
-def _outline(shape: str) -> list[tuple[float, float]]:
-    if shape == "triangle":
-        return [(0.0, -0.95), (1.0, 0.85), (-1.0, 0.85)]
-    if shape == "diamond":
-        return [(0.0, -1.0), (0.72, 0.0), (0.0, 1.0), (-0.72, 0.0)]
-    if shape == "heart":
-        turns = np.linspace(0, 2 * np.pi, 60)
-        height = 13 * np.cos(turns) - 5 * np.cos(2 * turns) - 2 * np.cos(3 * turns) - np.cos(4 * turns)
-        return list(zip(np.sin(turns) ** 3, -(height + 2.5) / 16, strict=True))
-    corners = 10 if shape == "star" else 6
-    turns = np.arange(corners) * 2 * np.pi / corners
-    reach = np.where(np.arange(corners) % 2 == 1, 0.42 if shape == "star" else 1.0, 1.0)
-    return list(zip(np.sin(turns) * reach, -np.cos(turns) * reach, strict=True))
 
 
 def _place(scene: Scene, patch: Image.Image, thing: Thing, generator: np.random.Generator, tries: int = 24) -> None:

@@ -6,7 +6,7 @@ Equal to transformers' module (tests/generate), whose weights it reads once, whe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -26,6 +26,7 @@ from internvl.models.products import (
     Product,
     SplitGate,
     keeps_bits,
+    ungrouped,
 )
 
 Form = Literal["plain", "blocked", "int4"]
@@ -75,7 +76,10 @@ class FusedDecoder:
         # float32 rows part by 1e-6 at most: not worth the time.
         fixed = self._parting(form, reading) if exact and self.dtype == torch.bfloat16 else frozenset()
         self.layers = [self._layer(layer, form, fixed) for layer in model.model.layers]
-        self.reading = [self._layer(layer, reading) for layer in model.model.layers] if form == "int4" else self.layers
+        if form == "int4":
+            self.reading = [self._layer(layer, reading) for layer in model.model.layers]
+        else:
+            self.reading = [_alone(layer) for layer in self.layers]
         self.norm = self._norm_weight(model.model.norm)
         self.head = _product(reading, [model.lm_head], "head" in fixed)
 
@@ -247,6 +251,14 @@ def attend_causally(
         scores.view(heads, rows, end)[:, :, -rows:].add_(unseen[:rows, :rows])
         out[start:stop] = torch.bmm(scores.softmax(-1), v[:, :end]).view(heads, rows, width).transpose(0, 1)
     return out.view(queries, -1)
+
+
+def _alone(layer: _Layer) -> _Layer:
+    """The same weights for a prompt, which is read alone: it needs no groups of one number of rows."""
+    gated = layer.gated
+    if isinstance(gated, JointGate):
+        gated = JointGate(ungrouped(gated.both))
+    return replace(layer, qkv=ungrouped(layer.qkv), out=ungrouped(layer.out), gated=gated, down=ungrouped(layer.down))
 
 
 def _joined(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:

@@ -84,6 +84,11 @@ class FixedRows:
         return self(x).add_(other)
 
 
+def ungrouped(product: Product) -> Product:
+    """All rows at once."""
+    return product.product if isinstance(product, FixedRows) else product
+
+
 class SplitGate:
     """silu(x G^T) * (x U^T), the elementwise steps inside the products."""
 
