@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,14 +15,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch.nn import functional as F
 
 from internvl.data.images import normalise, open_image
 from internvl.data.mixture import read_sets
 from internvl.data.tiling import single
-from internvl.train.cells import WAVES, Wording, cells_under, centres_under, directions, place_waves, texts_under
+from internvl.train.cells import WAVES, Cells, Wording, cells_under, centres_under, directions, place_waves, texts_under
 from internvl.train.run import RunConfig
 from internvl.train.settings import Data, Optimiser, Part, Schedule
-from internvl.train.stages.align import BACKGROUND_TOKENS, CENTRES, NAMES, PLACES, Align
+from internvl.train.stages.align import BACKGROUND_TOKENS, CENTRES, NAMES, PLACES, Align, open_align
 from tiny import tiny_model, tiny_tokenizer
 
 
@@ -255,3 +258,76 @@ def test_the_cursor_gives_the_batches_that_remain(records: Path) -> None:
         next(batches)
     again.seek(made.cursor())
     assert next(again.batches()).sources == next(batches).sources
+
+
+def with_held_out(records: Path, monkeypatch: pytest.MonkeyPatch, samples: int | None = None) -> Align:
+    """Three kept pictures, the last with a word that no other has."""
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    for line, word in zip(lines, ("red", "blue", "quiz"), strict=False):
+        line["regions"] = [{"text": word, "box": [0, 0, 500, 500]}]
+    (records.parent / "kept.jsonl").write_text("\n".join(map(json.dumps, lines[:3])) + "\n")
+    made = stage(records)
+    data = replace(made.run.data, held_out=str(records.parent / "kept.jsonl"), held_out_samples=samples)
+    loaded = SimpleNamespace(model=made.model, tokenizer=made.tokenizer)
+    monkeypatch.setattr("internvl.train.stages.align.load_checkpoint", lambda *_, **__: loaded)
+    return open_align(replace(made.run, data=data))
+
+
+def perfect(made: Align, batch: Cells) -> torch.Tensor:
+    """What a connector would say that made no mistake in words and centres."""
+    said = torch.zeros(len(batch.sources) * made.side**2, made.table.shape[1])
+    words = torch.zeros(len(batch.tokens), len(made.words))
+    words[batch.cell, batch.word] = batch.share
+    meant, centre = words @ F.normalize(made.table, dim=-1), made.directions[-1]
+    meant -= (meant @ centre / centre.square().sum())[:, None] * centre  # a word tells nothing of centres
+    said[batch.tokens] = meant + batch.centres[:, None] * centre
+    return said.view(len(batch.sources), made.side**2, -1)
+
+
+def test_a_connector_without_mistakes_is_found_so_on_held_out_pictures(
+    records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = with_held_out(records, monkeypatch)
+    assert made.held_out is not None
+    monkeypatch.setattr(made.held_out, "_said", lambda batch: perfect(made.held_out, batch))
+    found = made.evaluate(torch.device("cpu"))
+    assert found["held_out_nearest"] == 1
+    assert found["held_out_off"] == pytest.approx(0, abs=1e-4)
+    assert found["held_out_centres"] < 0.1
+    more = made.held_out.directions[-1]  # as if a centre lay under the last token too, where nothing is
+    monkeypatch.setattr(
+        made.held_out, "_said", lambda batch: perfect(made.held_out, batch) + more * (torch.arange(4) == 3)[:, None]
+    )
+    worse = made.evaluate(torch.device("cpu"))
+    assert worse["held_out_off"] == pytest.approx(1, abs=1e-4)
+    assert worse["held_out_centres"] > found["held_out_centres"] + 0.1
+
+
+def test_held_out_words_are_candidates_there_and_change_no_training(
+    records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, alone = with_held_out(records, monkeypatch), stage(records)
+    assert made.held_out is not None
+    assert made.words == alone.words
+    assert set(made.words) < set(made.held_out.words)
+    assert set(made.wording.ids("quiz")) <= set(made.held_out.words)
+    batch = next(made.batches())
+    for name, loss in alone.losses(next(alone.batches())).items():
+        assert made.losses(batch)[name] == loss
+
+
+def test_the_held_out_loss_is_that_of_the_same_pictures_in_training(
+    records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = with_held_out(records, monkeypatch)
+    assert made.held_out is not None
+    batch = made.held_out.made(range(3), np.random.default_rng(0))
+    weights = made.held_out.weights(batch)
+    means = {name: float(loss) / weights[name] for name, loss in made.held_out.losses(batch).items()}
+    found = made.evaluate(torch.device("cpu"))
+    assert {name: found[f"held_out_{name}"] for name in means} == pytest.approx(means, rel=1e-5)
+    assert found["held_out_loss"] == pytest.approx(sum(made.coefficients[name] * means[name] for name in means))
+    assert found == made.evaluate(torch.device("cpu"))
+    one = with_held_out(records, monkeypatch, samples=1)
+    assert one.evaluate(torch.device("cpu"))["held_out_loss"] != found["held_out_loss"]
+    assert "held_out_loss" not in stage(records).evaluate(torch.device("cpu"))

@@ -243,8 +243,7 @@ def make_colours(shop: Shop, index: int) -> Made | None:
 def _of_scene(
     shop: Shop, name: str, index: int, scene: scenes.Scene, asked: list[Asked], rng: np.random.Generator
 ) -> dict[str, Any]:
-    regions = [(f"{thing.colour or ''} {thing.name}".strip(), scene.box_1000(thing)) for thing in scene.things]
-    return record(name, index, shop.save(scene.image, name, index), scene.image.size, asked, rng, regions)
+    return record(name, index, shop.save(scene.image, name, index), scene.image.size, asked, rng, scene.regions())
 
 
 def make_words(shop: Shop, index: int) -> Made:
@@ -263,7 +262,7 @@ def make_picture(shop: Shop, index: int) -> Made | None:
         return None
     entry = shop.pictures[index]
     image, box = pictures.show_placed(shop.library, entry, rng)
-    regions = [(f"{entry.colour or ''} {entry.name}".strip(), box)] if entry.name else []
+    regions = [pictures.region_of(entry, box)] if entry.name else []
     return record("pictures", index, shop.save(image, "pictures", index), image.size, asked, rng, regions), asked
 
 

@@ -49,8 +49,8 @@ def write(collected: Path, out: Path, seed: int, answers: dict[str, list[dict[st
     tasks["naming"] = _naming(library, out)
     tasks["captions"] = _captions(library, out, (seed, STREAM + 11))
     for task, rows in tasks.items():
-        _lines(out / "heldout" / f"{task}.jsonl", rows)
         _lines(out / "heldout" / "records" / f"{task}.jsonl", [_record(row) for row in rows])
+        _write_rows(out, task, rows)
         if answers.get(task):
             _lines(out / "train" / f"{task}.jsonl", answers[task])
     for language in ("fr", "zh"):
@@ -70,7 +70,12 @@ def write_known(collected: Path, out: Path, seed: int) -> None:
     library = Library(collected, "train")
     for place, task in enumerate(_KINDS):
         rows = _scenes(library, out, task, (seed, KNOWN_STREAM + place))
-        _lines(out / "heldout" / f"scenes_{task}.jsonl", rows)
+        _write_rows(out, f"scenes_{task}", rows)
+
+
+def _write_rows(out: Path, task: str, rows: list[dict[str, Any]]) -> None:
+    """Without what tells the answer: where things are is for records alone."""
+    _lines(out / "heldout" / f"{task}.jsonl", [{k: v for k, v in row.items() if k != "regions"} for row in rows])
 
 
 def row(name: str, image: str, asked: Asked, **more: Any) -> dict[str, Any]:
@@ -83,8 +88,10 @@ def row(name: str, image: str, asked: Asked, **more: Any) -> dict[str, Any]:
 
 def _record(line: dict[str, Any]) -> dict[str, Any]:
     turns = [{"from": "human", "value": "<image>\n" + line["question"]}, {"from": "gpt", "value": line["answer"]}]
-    spelled = {"spelled": True} if line["task"] == "words" else {}
-    return {"id": line["id"], "image": "../" + line["image"], "conversations": turns, **spelled}
+    more: dict[str, Any] = {"spelled": True} if line["task"] == "words" else {}
+    if line.get("regions"):
+        more["regions"] = [{"text": text, "box": box} for text, box in line["regions"]]
+    return {"id": line["id"], "image": "../" + line["image"], "conversations": turns, **more}
 
 
 def _lines(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -115,7 +122,7 @@ def _scenes(library: Library, out: Path, task: str, seed: tuple[int, ...]) -> li
             continue
         answered[asked.answer] += 1
         image = _save(out, scene.image, f"scenes_{task}", len(rows))
-        rows.append(row(f"scenes_{task}-{len(rows)}", image, asked, name_seen=True, kind=kind))
+        rows.append(row(f"scenes_{task}-{len(rows)}", image, asked, name_seen=True, kind=kind, regions=scene.regions()))
         if len(rows) == SCENE_ROWS:
             break
     return rows
@@ -127,8 +134,9 @@ def _words(library: Library, out: Path, seed: tuple[int, ...]) -> list[dict[str,
     for index in range(WORD_ROWS):
         generator = np.random.default_rng((*seed, index))
         text = words.text_for(library.folder, "heldout", generator, "number" if index % 20 >= 17 else "word")
-        image = _save(out, words.render(library, text, generator), "words", index)
-        rows.append(row(f"words-{index}", image, words.ask(text, generator)))
+        picture, letters = words.render_placed(library, text, generator)
+        image = _save(out, picture, "words", index)
+        rows.append(row(f"words-{index}", image, words.ask(text, generator), regions=letters))
     return rows
 
 
@@ -137,8 +145,10 @@ def _naming(library: Library, out: Path) -> list[dict[str, Any]]:
     for entry in _named(library):
         asked = Asked("naming", "What is this?", pictures.named(entry), entry.accept)
         generator = np.random.default_rng(int(entry.id[:8], 16))
-        image = _save(out, pictures.show(library, entry, generator, plain=True), "naming", len(rows))
-        rows.append(row(f"naming-{entry.id}", image, asked, name_seen=entry.name_seen, source=entry.source))
+        picture, box = pictures.show_placed(library, entry, generator, plain=True)
+        image = _save(out, picture, "naming", len(rows))
+        more = {"name_seen": entry.name_seen, "source": entry.source, "regions": [pictures.region_of(entry, box)]}
+        rows.append(row(f"naming-{entry.id}", image, asked, **more))
     return rows
 
 

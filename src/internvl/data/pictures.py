@@ -33,6 +33,11 @@ FULL = 0.95
 """Largest share of the canvas that a cut-out takes."""
 
 
+def region_of(entry: Entry, box: Box) -> tuple[str, Box]:
+    """What a token that lies in the picture's object says."""
+    return f"{entry.colour or ''} {entry.name}".strip(), box
+
+
 def show(library: Library, entry: Entry, generator: np.random.Generator, plain: bool = False) -> Image.Image:
     """The picture as a question shows it: a photo nearly whole, a cut-out on some ground."""
     return show_placed(library, entry, generator, plain)[0]

@@ -65,6 +65,10 @@ class Scene:
             round(1000 * right / width), round(1000 * bottom / height),
         )  # fmt: skip
 
+    def regions(self) -> list[tuple[str, Box]]:
+        """What is where, on the 0..1000 grid: a colour where it is clear, and the name."""
+        return [(f"{thing.colour or ''} {thing.name}".strip(), self.box_1000(thing)) for thing in self.things]
+
     def groups(self) -> dict[str, list[Thing]]:
         found: dict[str, list[Thing]] = {}
         for thing in self.things:

@@ -31,13 +31,21 @@ def pocket_align_connector() -> RunConfig:
         stage="align",
         model=BASE,
         connector=Part("full"),
-        data=Data(meta=f"{DATA}/scenes.jsonl", batch_samples=64, augment="off", features="memory"),
+        data=Data(
+            meta=f"{DATA}/scenes.jsonl",
+            held_out=f"{DATA}/heldout/meta.json",
+            held_out_samples=400,
+            batch_samples=64,
+            augment="off",
+            features="memory",
+        ),
         optimiser=Optimiser(peak_lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05, clip=2.0),
         schedule=Schedule(steps=4000, warmup_share=0.04),
         precision="bf16",
         compile=True,
         log_every=50,
         save_every=500,
+        eval_every=1000,
     )
 
 
@@ -53,11 +61,12 @@ def pocket_align() -> RunConfig:
         model="runs/pocket_align_connector/model",
         vision=Part("lora", rank=64, dropout=0.0),
         connector=Part("full", lr_scale=0.5),
-        data=Data(meta=f"{DATA}/meta.json", batch_samples=16),
+        data=replace(run.data, meta=f"{DATA}/meta.json", batch_samples=16, augment="as_given", features="none"),
         optimiser=Optimiser(peak_lr=3e-4, betas=(0.9, 0.98), weight_decay=0.0),
         schedule=Schedule(steps=5000, warmup_share=0.03),
         log_every=10,
         save_every=250,
+        eval_every=500,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -44,6 +45,8 @@ from internvl.train.stages.pictures import PictureStage
 from internvl.train.trainable import Learner
 
 NAMES, NEAR, NORM, PLACES, CENTRES = "names", "near", "norm", "places", "centres"
+NEAREST, OFF = "nearest", "off"
+"""Of held-out pictures; see `Align.evaluate`."""
 SHARPNESS = 50.0
 """Factor on the cosines before the softmax over the words."""
 BACKGROUND_WEIGHT = 0.3
@@ -58,8 +61,13 @@ class Align(PictureStage[Cells]):
 
     coefficients: Mapping[str, float] = {NAMES: 1.0, NEAR: 0.5, NORM: 0.1, PLACES: 0.2, CENTRES: 0.5}
 
-    def __init__(self, run: RunConfig, model: ChatModel, tokenizer: Any, sets: Sequence[DataSet]) -> None:
+    def __init__(
+        self, run: RunConfig, model: ChatModel, tokenizer: Any, sets: Sequence[DataSet], also: Align | None = None
+    ) -> None:
+        """The words of `also` are candidates too."""
         super().__init__(run)
+        self.also = also
+        self.held_out: Align | None = None
         self.model, self.tokenizer, self.sets = model, tokenizer, sets
         self.side = math.isqrt(model.config.patch_tokens)
         self.wording = Wording(tokenizer)
@@ -82,10 +90,11 @@ class Align(PictureStage[Cells]):
     def words(self) -> dict[int, int]:
         """Token id of each word part of the regions -> its place among the candidates."""
         texts = {BACKGROUND}
+        known = set() if self.also is None else set(self.also.words)
         for number, position in self.lines:
             regions = self._line(number, position)["regions"]
             texts.update(text for region in regions for text in texts_under((region, region), (0, 1)))
-        ids = sorted({token for text in texts for token in self.wording.ids(text)})
+        ids = sorted(known | {token for text in texts for token in self.wording.ids(text)})
         return {token: place for place, token in enumerate(ids)}
 
     @cached_property
@@ -125,19 +134,31 @@ class Align(PictureStage[Cells]):
 
     def losses(self, prepared: Cells) -> dict[str, Float[Tensor, ""]]:
         """Cross-entropy over all words, distance to the right ones, squared errors of log-norms, waves and centres."""
-        seen = self._seen(prepared)
-        patches = self.model.connector(seen)[:, self.model.config.num_queries :]
+        return self._losses(self._said(prepared), prepared)
+
+    def _said(self, prepared: Cells) -> Float[Tensor, "pictures tokens width"]:
+        patches: Tensor = self.model.connector(self._seen(prepared))
+        return patches[:, self.model.config.num_queries :]
+
+    def _losses(self, patches: Tensor, prepared: Cells) -> dict[str, Float[Tensor, ""]]:
         said = patches.flatten(0, 1)[prepared.tokens].float()
-        cosines = (F.normalize(said, dim=-1) @ F.normalize(self.table, dim=-1).T).float()
+        cosines = self._cosines(said)
         likely = F.log_softmax(SHARPNESS * cosines, dim=-1)
         names = -(prepared.share * likely[prepared.cell, prepared.word]).sum()
         near = (prepared.share * (1 - cosines[prepared.cell, prepared.word])).sum()
         target = self.table.norm(dim=-1).mean().log()
         norm = (said.norm(dim=-1).clamp_min(1e-6).log() - target).square().sum()
-        heard = said @ (self.directions / self.directions.square().sum(-1, keepdim=True)).T
+        heard = self._heard(said)
         places = (heard[prepared.placed, :-1] - place_waves(prepared.boxes)).square().sum()
         centres = (heard[:, -1] - prepared.centres).square().sum()
         return {NAMES: names, NEAR: near, NORM: norm, PLACES: places, CENTRES: centres}
+
+    def _cosines(self, said: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens words"]:
+        return (F.normalize(said, dim=-1) @ F.normalize(self.table, dim=-1).T).float()
+
+    def _heard(self, said: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens waves"]:
+        """What is said along each direction."""
+        return said @ (self.directions / self.directions.square().sum(-1, keepdim=True)).T
 
     def sizes(self, batch: Cells) -> dict[str, int]:
         tiles = len(batch.sources)
@@ -145,7 +166,34 @@ class Align(PictureStage[Cells]):
         return {"samples": tiles, "tokens": tokens, "learned": len(batch.tokens), "tiles": tiles}
 
     def evaluate(self, device: torch.device) -> dict[str, float]:
-        return {}
+        """Mean losses over the held-out pictures; the share of tokens in regions that say a word of theirs more clearly
+        than any other; by how many the centres said of a picture miss the number of its regions."""
+        return {} if self.held_out is None else self.held_out._measure(device)
+
+    def _measure(self, device: torch.device) -> dict[str, float]:
+        chosen = np.random.default_rng(0).permutation(self.num_pictures())[: self.run.data.held_out_samples]
+        sums: defaultdict[str, float] = defaultdict(float)
+        weights: defaultdict[str, float] = defaultdict(float)
+        for first in range(0, len(chosen), self.size):
+            batch = self.made(chosen[first : first + self.size].tolist(), np.random.default_rng(first)).to(device)
+            patches = self._said(batch)
+            for name, loss in self._losses(patches, batch).items():
+                sums[name] += float(loss)
+                weights[name] += self.weights(batch)[name]
+            said = patches.flatten(0, 1).float()
+            inside = batch.placed
+            right = torch.zeros(len(batch.tokens), len(self.words), dtype=torch.bool, device=device)
+            right[batch.cell, batch.word] = True
+            nearest = self._cosines(said[batch.tokens[inside]]).argmax(1)
+            sums[NEAREST] += int(right[inside, nearest].sum())
+            weights[NEAREST] += len(inside)
+            cells = said.new_zeros(len(said)).index_put((batch.tokens,), batch.centres)
+            missed = self._heard(patches.float())[..., -1].sum(1) - cells.view(len(patches), -1).sum(1)
+            sums[OFF] += float(missed.abs().sum())
+            weights[OFF] += len(missed)
+        means = {name: sums[name] / weights[name] for name in sums}
+        total = math.fsum(factor * means[name] for name, factor in self.coefficients.items())
+        return {"held_out_loss": total, **{f"held_out_{name}": mean for name, mean in means.items()}}
 
     def _line(self, number: int, position: int) -> dict[str, Any]:
         line: dict[str, Any] = json.loads(self.sets[number].lines.read(position))
@@ -225,4 +273,8 @@ def open_align(run: RunConfig) -> Align:
             f"language.learn is {run.language.learn!r} and tokens.learn is {run.tokens.learn}; the align stage does "
             "not run the language model: set them to frozen and false"
         )
-    return Align(run, loaded.model, loaded.tokenizer, read_sets(run.data.meta))
+    stage = Align(run, loaded.model, loaded.tokenizer, read_sets(run.data.meta))
+    if run.data.held_out:
+        kept = replace(run, data=replace(run.data, meta=run.data.held_out))
+        stage.held_out = Align(kept, loaded.model, loaded.tokenizer, read_sets(run.data.held_out), also=stage)
+    return stage
