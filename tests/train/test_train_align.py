@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,11 +116,11 @@ def records(tmp_path: Path) -> Path:
     return tmp_path / "set.jsonl"
 
 
-def stage(records: Path, **data: Any) -> Align:
+def stage(records: Path, size: int = 4, **data: Any) -> Align:
     run = RunConfig(
         stage="align",
         connector=Part("full"),
-        data=Data(meta=str(records), batch_samples=4, **data),
+        data=Data(meta=str(records), batch_samples=size, **data),
         schedule=Schedule(steps=1),
         optimiser=Optimiser(peak_lr=1e-3),
     )
@@ -258,6 +259,26 @@ def test_the_cursor_gives_the_batches_that_remain(records: Path) -> None:
         next(batches)
     again.seek(made.cursor())
     assert next(again.batches()).sources == next(batches).sources
+
+
+def test_sets_come_as_often_as_they_are_repeated(records: Path) -> None:
+    lines = records.read_text().splitlines(keepends=True)
+    (records.parent / "often.jsonl").write_text("".join(lines[:2]))
+    (records.parent / "seldom.jsonl").write_text("".join(lines[2:]) + '{"image": "0.png", "conversations": []}\n')
+    sets = {name: {"annotation": f"{name}.jsonl", "repeat_time": n} for name, n in (("often", 3), ("seldom", 0.5))}
+    meta = records.parent / "meta.json"
+    meta.write_text(json.dumps(sets))
+    made = stage(meta)
+    epochs = [made.order(epoch) for epoch in range(8)]
+    assert all(Counter(epoch)[0] == Counter(epoch)[1] == 3 for epoch in epochs)
+    seldom = [[number for number in epoch if number > 1] for epoch in epochs]
+    assert {len(some) for some in seldom} <= {3, 4}  # half of seven, of which one has no regions
+    assert {number for some in seldom for number in some} == set(range(2, 8))
+    assert len({tuple(epoch) for epoch in epochs}) == 8
+    shown = [source for _, batch in zip(range(2), made.batches(), strict=False) for source in batch.sources]
+    assert shown == [made.sets[at].source(line) for at, line in (made.lines[number] for number in epochs[0][:8])]
+    with pytest.raises(ValueError, match=r"batch_samples is 11 but an epoch has (9|10) pictures"):
+        next(stage(meta, size=11).batches())
 
 
 def with_held_out(records: Path, monkeypatch: pytest.MonkeyPatch, samples: int | None = None) -> Align:

@@ -380,7 +380,7 @@ def test_bad_settings(inputs: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="projection is not linear"):
         run_here(run_of(inputs, tmp_path / "b", Distill("tiny-6b-llama", fit=2, projection="mlp")))
     run = run_of(inputs, tmp_path / "c")
-    with pytest.raises(ValueError, match="batch_samples is 100 but there are 6 pictures"):
+    with pytest.raises(ValueError, match="batch_samples is 100 but an epoch has 6 pictures"):
         run_here(replace(run, data=replace(run.data, batch_samples=100)))
     with pytest.raises(ValueError, match="tiles change"):
         run_here(replace(run, out=str(tmp_path / "d"), data=replace(run.data, augment="on")))

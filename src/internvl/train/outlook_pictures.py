@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from internvl.config import ChatConfig, DualConfig
@@ -24,8 +23,9 @@ from internvl.train.cells import Cells, cells_under
 from internvl.train.outlook import Worst
 from internvl.train.rehearse_others import rehearse_align, rehearse_distill
 from internvl.train.run import RunConfig
-from internvl.train.stages.align import BACKGROUND_TOKENS, Align
+from internvl.train.stages.align import BACKGROUND_TOKENS, Align, lines_with_regions, repeated
 from internvl.train.stages.distill import pictures_of
+from internvl.train.stages.pictures import shuffled
 from internvl.train.teachers import Teacher, sketch_teacher
 from internvl.train.trials import Trial, middling, try_align, try_distill
 
@@ -69,11 +69,14 @@ class PictureOutlook(ABC):
         chosen = middling(work)
         return self.attempt(self.batch(self.batches()[chosen]), device), work[chosen]
 
+    def order(self) -> list[int]:
+        return shuffled(len(self.counts), self.run.seed, 0)
+
     def batches(self) -> list[list[int]]:
         """Numbers of the pictures of every batch of the first epoch."""
-        order = np.random.default_rng((self.run.seed, 0)).permutation(len(self.counts)).tolist()
+        order = self.order()
         if self.size > len(order):
-            raise ValueError(f"data.batch_samples is {self.size} but there are {len(order)} pictures; lower it")
+            raise ValueError(f"data.batch_samples is {self.size} but an epoch has {len(order)} pictures; lower it")
         return [order[at : at + self.size] for at in range(0, len(order) - self.size + 1, self.size)]
 
 
@@ -146,6 +149,10 @@ class AlignOutlook(PictureOutlook):
     def counts(self) -> list[int]:  # type: ignore[override]
         return [self._looked(line) for line in self._lines()]
 
+    def order(self) -> list[int]:
+        sets = read_sets(self.run.data.meta)
+        return repeated(sets, lines_with_regions(sets), self.run.seed, 0)
+
     def batch(self, chosen: list[int]) -> Worst:
         positions = len(chosen) * self.side**2
         size = BatchSize(len(chosen), positions, positions, 0, len(chosen))
@@ -161,11 +168,9 @@ class AlignOutlook(PictureOutlook):
         return try_align(self.run, self.config, self._cells(batch), self._num_words(), device)
 
     def _lines(self) -> Iterator[dict[str, Any]]:
-        for data in read_sets(self.run.data.meta):
-            for position in range(len(data.lines)):
-                line = data.lines.read(position)
-                if b'"regions"' in line:
-                    yield json.loads(line)
+        sets = read_sets(self.run.data.meta)
+        for number, position in lines_with_regions(sets):
+            yield json.loads(sets[number].lines.read(position))
 
     def _looked(self, line: dict[str, Any]) -> int:
         filled = sum(1 for cell in cells_under(line["regions"], self.side) if cell)

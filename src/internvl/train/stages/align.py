@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from internvl.data.images import normalise, open_image
-from internvl.data.mixture import DataSet, read_sets
+from internvl.data.mixture import DataSet, Mixture, read_sets
 from internvl.data.tiling import single
 from internvl.load import load_checkpoint
 from internvl.models.chat import ChatModel
@@ -55,6 +55,23 @@ BACKGROUND_TOKENS = 12
 """Most such tokens of a picture, drawn anew each time: they are easy, and many."""
 
 
+def lines_with_regions(sets: Sequence[DataSet]) -> list[tuple[int, int]]:
+    """Set and line of each."""
+    return [
+        (number, position)
+        for number, data in enumerate(sets)
+        for position in range(len(data.lines))
+        if b'"regions"' in data.lines.read(position)
+    ]
+
+
+def repeated(sets: Sequence[DataSet], lines: Sequence[tuple[int, int]], seed: int, epoch: int) -> list[int]:
+    """Numbers of the lines of an epoch, shuffled; each as often as its set is repeated."""
+    mixture = Mixture(sets, seed)
+    place = {int(mixture.bounds[number]) + position: at for at, (number, position) in enumerate(lines)}
+    return [place[number] for number in mixture.epoch(epoch).tolist() if number in place]
+
+
 class Align(PictureStage[Cells]):
     """Contrast of connector outputs with word embeddings; along fixed directions they say where the box is, and whether
     its centre lies here: things that touch, or letters twice, are told apart by that."""
@@ -79,12 +96,7 @@ class Align(PictureStage[Cells]):
     @cached_property
     def lines(self) -> list[tuple[int, int]]:
         """Set and line of each record with regions."""
-        return [
-            (number, position)
-            for number, data in enumerate(self.sets)
-            for position in range(len(data.lines))
-            if b'"regions"' in data.lines.read(position)
-        ]
+        return lines_with_regions(self.sets)
 
     @cached_property
     def words(self) -> dict[int, int]:
@@ -119,6 +131,9 @@ class Align(PictureStage[Cells]):
 
     def num_pictures(self) -> int:
         return len(self.lines)
+
+    def order(self, epoch: int) -> list[int]:
+        return repeated(self.sets, self.lines, self.run.seed, epoch)
 
     def made(self, chosen: Sequence[int], drawn: np.random.Generator) -> Cells:
         return self._batch([self._picture(*self.lines[number]) for number in chosen], drawn)

@@ -26,6 +26,12 @@ class Named(Protocol):
 B = TypeVar("B", bound=Named)
 
 
+def shuffled(num_pictures: int, seed: int, epoch: int) -> list[int]:
+    """Each picture once."""
+    order: list[int] = np.random.default_rng((seed, epoch)).permutation(num_pictures).tolist()
+    return order
+
+
 class PictureStage(ABC, Generic[B]):
     """Pictures in a new order each epoch, `size` at a time; a last, smaller batch is left out."""
 
@@ -38,21 +44,23 @@ class PictureStage(ABC, Generic[B]):
 
     @abstractmethod
     def num_pictures(self) -> int:
-        """Of an epoch."""
+        """That there are, each counted once."""
 
     @abstractmethod
     def made(self, chosen: Sequence[int], drawn: np.random.Generator) -> B:
         """The batch of these pictures, by number; what is random about it comes from the generator."""
 
+    def order(self, epoch: int) -> list[int]:
+        """Numbers of the pictures of an epoch."""
+        return shuffled(self.num_pictures(), self.run.seed, epoch)
+
     def batches(self) -> Generator[B, None, None]:
-        if self.size > self.num_pictures():
-            raise ValueError(
-                f"data.batch_samples is {self.size} but there are {self.num_pictures()} pictures; lower it"
-            )
         while True:
-            order = np.random.default_rng((self.run.seed, self.epoch)).permutation(self.num_pictures())
+            order = self.order(self.epoch)
+            if self.size > len(order):
+                raise ValueError(f"data.batch_samples is {self.size} but an epoch has {len(order)} pictures; lower it")
             while self.place + self.size <= len(order):
-                chosen = order[self.place : self.place + self.size].tolist()
+                chosen = order[self.place : self.place + self.size]
                 self.place += self.size
                 yield self.made(chosen, np.random.default_rng((self.run.seed, self.epoch, self.place)))
             self.epoch, self.place = self.epoch + 1, 0
@@ -64,7 +72,7 @@ class PictureStage(ABC, Generic[B]):
         self.epoch, self.place = int(cursor["epoch"]), int(cursor["place"])
 
     def batches_per_epoch(self) -> int:
-        return max(1, self.num_pictures() // self.size)
+        return max(1, len(self.order(0)) // self.size)
 
     def describe(self, batch: B) -> str:
         return ", ".join(batch.sources)
