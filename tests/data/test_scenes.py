@@ -223,6 +223,24 @@ def test_cut_outs_keep_their_colour_where_nothing_is_repainted(collected: Path) 
         assert all(thing.colour == "red" for scene in made for thing in scene.things) == own
 
 
+def test_a_repainted_thing_loses_a_name_that_may_tell_its_old_colour() -> None:
+    thing = Thing("lemon", "yellow lemon", (0, 0, 0, 0), "yellow")
+    patch = Image.new("RGBA", (80, 80), (240, 220, 30, 255))
+    made = [scenes._repaint(patch, thing, np.random.default_rng(seed), 0.5)[1] for seed in range(40)]
+    assert {one.name for one in made} == {"lemon", "yellow lemon"}
+    assert all((one.name, one.colour) == ("yellow lemon", "yellow") for one in made if one.name != "lemon")
+    assert len({one.colour for one in made}) > 5
+    assert 10 < sum(one is thing for one in made) < 30
+
+
+def test_held_out_records_say_what_is_where_and_held_out_questions_do_not(tmp_path: Path) -> None:
+    asked = questions.Asked("scenes_yesno", "Is there a dog?", "yes")
+    row = heldout_pocket.row("a-0", "images/a.jpg", asked, regions=[("red dog", (1, 2, 3, 4))])
+    assert heldout_pocket._record(row)["regions"] == [{"text": "red dog", "box": (1, 2, 3, 4)}]
+    heldout_pocket._write_rows(tmp_path, "a", [row])
+    assert json.loads((tmp_path / "heldout" / "a.jsonl").read_text()).keys() == row.keys() - {"regions"}
+
+
 def test_records_of_colours_tell_them_in_their_regions_and_ask_for_them(collected: Path, tmp_path: Path) -> None:
     shop = build_pocket.Shop(build_pocket.Plan(collected, tmp_path), Library(collected, "train"))
     (tmp_path / "images/colours/000").mkdir(parents=True)
