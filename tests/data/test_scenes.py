@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -221,6 +222,17 @@ def test_cut_outs_keep_their_colour_where_nothing_is_repainted(collected: Path) 
     for kind, repainted, own in (("colour", 0.0, True), ("count", 1.0, True), ("colour", 1.0, False)):
         made = [compose(library, np.random.default_rng(seed), kind, repainted=repainted) for seed in range(8)]
         assert all(thing.colour == "red" for scene in made for thing in scene.things) == own
+
+
+def test_scenes_of_colours_show_things_of_one_colour_or_repainted_ones(collected: Path) -> None:
+    library = Library(collected, "train")
+    library.cutouts = {
+        head: [replace(found[0], colour=None, id=f"{head}-of-many"), *found] for head, found in library.cutouts.items()
+    }
+    library._decoded = {entry.id: library.picture(found[-1]) for found in library.cutouts.values() for entry in found}
+    for repainted, kept in ((0.0, False), (0.01, True)):
+        made = [compose(library, np.random.default_rng(seed), "colour", repainted=repainted) for seed in range(12)]
+        assert any(name.endswith("of-many") for scene in made for name in scene.pictures) == kept
 
 
 def test_a_repainted_thing_loses_a_name_that_may_tell_its_old_colour() -> None:

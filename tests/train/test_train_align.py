@@ -282,9 +282,9 @@ def test_sets_come_as_often_as_they_are_repeated(records: Path) -> None:
 
 
 def with_held_out(records: Path, monkeypatch: pytest.MonkeyPatch, samples: int | None = None) -> Align:
-    """Three kept pictures, the last with a word that no other has."""
+    """Three kept pictures, the last with a word that no other has; none with one that others have."""
     lines = [json.loads(line) for line in records.read_text().splitlines()]
-    for line, word in zip(lines, ("red", "blue", "quiz"), strict=False):
+    for line, word in zip(lines, ("red", "red", "quiz"), strict=False):
         line["regions"] = [{"text": word, "box": [0, 0, 500, 500]}]
     (records.parent / "kept.jsonl").write_text("\n".join(map(json.dumps, lines[:3])) + "\n")
     made = stage(records)
@@ -315,9 +315,9 @@ def test_a_connector_without_mistakes_is_found_so_on_held_out_pictures(
     assert found["held_out_nearest"] == 1
     assert found["held_out_off"] == pytest.approx(0, abs=1e-4)
     assert found["held_out_centres"] < 0.1
-    more = made.held_out.directions[-1]  # as if a centre lay under the last token too, where nothing is
+    more = made.held_out.directions[-1]  # as if less than none lay under the last token
     monkeypatch.setattr(
-        made.held_out, "_said", lambda batch: perfect(made.held_out, batch) + more * (torch.arange(4) == 3)[:, None]
+        made.held_out, "_said", lambda batch: perfect(made.held_out, batch) - more * (torch.arange(4) == 3)[:, None]
     )
     worse = made.evaluate(torch.device("cpu"))
     assert worse["held_out_off"] == pytest.approx(1, abs=1e-4)
