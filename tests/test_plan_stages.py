@@ -186,6 +186,21 @@ def test_planned_memory_of_alignment(inputs: Path, vision: Any) -> None:
     assert (plan.worst.tiles, plan.samples, plan.micro_batches) == (6, 6, 1)
 
 
+@pytest.mark.parametrize("stage", ["align", "distill"])
+def test_pictures_are_planned_in_the_order_of_the_stage(inputs: Path, stage: str) -> None:
+    """Sets that are repeated too, where the stage repeats them."""
+    run = of_pictures(inputs, stage, schedule=Schedule(epochs=1))
+    meta = inputs / "thrice.json"
+    root = str(Path(run.data.meta).parent)
+    meta.write_text(json.dumps({"thrice": {"annotation": run.data.meta, "root": root, "repeat_time": 3}}))
+    run = replace(run, data=replace(run.data, meta=str(meta)))
+    opened: Any = open_stage(run)
+    outlook: Any = open_outlook(subject(run))
+    assert [number for batch in outlook.batches() for number in batch] == opened.order(0)[: 6 * len(outlook.batches())]
+    assert len(outlook.batches()) == opened.batches_per_epoch()
+    assert max(map(opened.order(0).count, range(opened.num_pictures()))) == (3 if stage == "align" else 1)
+
+
 def test_the_worst_part_of_a_batch_is_planned(inputs: Path) -> None:
     """One caption is much longer: the plan knows it without a picture."""
     lines = (inputs / "pairs.jsonl").read_text().splitlines(keepends=True)
