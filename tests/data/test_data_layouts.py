@@ -28,7 +28,8 @@ from internvl.data.packaged import class_names
 from internvl.data.records import Problem
 from internvl.data.shards import picture_and_text, read_parquet, read_tar, write_tar
 from internvl.evaluate.classify import fill
-from internvl.fetch import PACKAGES, cache_folder
+from internvl.fetch import cache_folder
+from internvl.packages import PACKAGES
 
 
 def picture(path: Path, value: int = 0, mode: str = "L") -> Path:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from wordnet_files import animals
 
-from internvl.data.packaged import clipart, emojione, gcompris, openmoji, qt, stamps
+from internvl.data.packaged import clipart, emojione, gcompris, iconify, openmoji, qt, stamps
 from internvl.data.sheet import sheet
 
 
@@ -73,6 +73,40 @@ def test_emojione_is_found_by_code(tmp_path: Path) -> None:
     put(tmp_path / "gem/assets/png/1F98A.png", png())
     (fox,) = emojione.read(tmp_path / "gem", emoji_names(tmp_path / "names"))
     assert (fox.title, fox.series, fox.names["fr"]) == ("fox", "emoji/🦊", "renard")
+
+
+SQUARE = '<path fill="{}" d="M0 0h8v8H0z"/>'
+
+
+def icons(folder: Path, drawings: dict[str, object], symbols: dict[str, str] | None = None) -> Path:
+    put(folder / "icons.json", json.dumps({"prefix": "toy", "width": 8, "height": 8, "icons": drawings}))
+    if symbols is not None:
+        put(folder / "chars.json", json.dumps(symbols))
+    return folder
+
+
+def test_drawings_are_called_by_what_they_are_once(tmp_path: Path) -> None:
+    names = ("hot-dog", "hot-dog-flat", "hot-dog-2", "hot-dog-bold-3", "waving-hand", "waving-hand-medium-dark", "gone")
+    body = SQUARE.format("#ff0000")
+    drawings = {name: {"body": body, "hidden": name == "gone"} for name in names}
+    found = list(iconify.read(icons(tmp_path, drawings, {"1f44b": "waving-hand", "1f32d-fe0f": "hot-dog"}), "toy"))
+    assert [(one.title, one.series, one.source) for one in found] == [
+        ("hot dog", "emoji/🌭", "toy"),
+        ("waving hand", "emoji/👋", "toy"),
+    ]
+
+
+def test_drawings_of_one_colour_get_one_each_and_always_the_same(tmp_path: Path) -> None:
+    drawings = {f"thing{letter}": {"body": SQUARE.format("currentColor")} for letter in "abcdefghijklmnop"}
+    drawings |= {"red": {"body": SQUARE.format("#ff0000"), "left": 2, "width": 4}}
+    folder = icons(tmp_path, drawings)
+    found = {one.title: one.data.decode() for one in iconify.read(folder, "toy")}
+    inks = {text.split('fill="')[1][:7] for title, text in found.items() if title != "red"}
+    assert len(inks) > 8
+    assert all(ink.startswith("#") for ink in inks)
+    assert 'viewBox="2 0 4 8"' in found["red"]
+    assert 'fill="#ff0000"' in found["red"]
+    assert {one.title: one.data.decode() for one in iconify.read(folder, "toy")} == found
 
 
 def test_emoji_have_names_in_every_language_that_is_there(tmp_path: Path) -> None:

@@ -14,7 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from internvl.data import build_pocket, colours, heldout_pocket, places, questions, scenes, shapes, words
+from internvl.data import (
+    build_pocket,
+    colours,
+    heldout_pocket,
+    places,
+    pocket_records,
+    questions,
+    scenes,
+    shapes,
+    words,
+)
 from internvl.data.library import Library
 from internvl.data.scenes import Scene, Thing, compose
 from internvl.evaluate.heldout import read_heldout
@@ -131,8 +141,8 @@ def test_scenes_of_known_pictures_are_new_scenes(
     monkeypatch.setattr(heldout_pocket, "Library", lambda folder, split: sides.append(split) or Library(folder, split))
     heldout_pocket.write_known(collected, tmp_path / "known", seed=0)
     assert set(sides) == {"train"}
-    plan = build_pocket.Plan(collected, tmp_path, scenes=10, words=0)
-    shop = build_pocket.Shop(plan, Library(collected, "train"))
+    plan = pocket_records.Plan(collected, tmp_path, scenes=10, words=0)
+    shop = pocket_records.Shop(plan, Library(collected, "train"))
     build_pocket._write_set(shop, "scenes", 10)
     learned = {path.read_bytes() for path in (tmp_path / "images/scenes").rglob("*.jpg")}
     for task in ("yesno", "colour", "count", "position", "box"):
@@ -144,8 +154,8 @@ def test_scenes_of_known_pictures_are_new_scenes(
 def test_a_record_does_not_depend_on_its_neighbours(collected: Path, tmp_path: Path) -> None:
     made = []
     for number in (3, 6):
-        plan = build_pocket.Plan(collected, tmp_path / str(number), scenes=number, words=0)
-        shop = build_pocket.Shop(plan, Library(collected, "train"))
+        plan = pocket_records.Plan(collected, tmp_path / str(number), scenes=number, words=0)
+        shop = pocket_records.Shop(plan, Library(collected, "train"))
         build_pocket._write_set(shop, "scenes", number)
         made.append((plan.out / "scenes.jsonl").read_text().splitlines()[:3])
     assert made[0] == made[1]
@@ -254,9 +264,9 @@ def test_held_out_records_say_what_is_where_and_held_out_questions_do_not(tmp_pa
 
 
 def test_records_of_colours_tell_them_in_their_regions_and_ask_for_them(collected: Path, tmp_path: Path) -> None:
-    shop = build_pocket.Shop(build_pocket.Plan(collected, tmp_path), Library(collected, "train"))
+    shop = pocket_records.Shop(pocket_records.Plan(collected, tmp_path), Library(collected, "train"))
     (tmp_path / "images/colours/000").mkdir(parents=True)
-    made = [one[0] for index in range(40) if (one := build_pocket.make_colours(shop, index))]
+    made = [one[0] for index in range(40) if (one := pocket_records.make_colours(shop, index))]
     asked = 0
     for line in made:
         said = {region["text"] for region in line["regions"]}
@@ -313,9 +323,9 @@ def test_as_many_questions_apart_are_answered_yes_as_no(collected: Path) -> None
 
 
 def test_records_of_counts_are_crowds_and_ask_for_numbers_alone(collected: Path, tmp_path: Path) -> None:
-    shop = build_pocket.Shop(build_pocket.Plan(collected, tmp_path), Library(collected, "train"))
+    shop = pocket_records.Shop(pocket_records.Plan(collected, tmp_path), Library(collected, "train"))
     (tmp_path / "images/counts/000").mkdir(parents=True)
-    made = {index: one[0] for index in range(24) if (one := build_pocket.make_counts(shop, index))}
+    made = {index: one[0] for index in range(24) if (one := pocket_records.make_counts(shop, index))}
     assert all(turn["value"].isdigit() for line in made.values() for turn in line["conversations"][1::2])
     crowds = [line for index, line in made.items() if index % 4]
     most = [max(Counter(region["text"] for region in line["regions"]).values()) for line in crowds]
@@ -327,16 +337,16 @@ def test_records_of_counts_are_crowds_and_ask_for_numbers_alone(collected: Path,
 
 
 def test_records_of_questions_apart_are_short(collected: Path, tmp_path: Path) -> None:
-    shop = build_pocket.Shop(build_pocket.Plan(collected, tmp_path), Library(collected, "train"))
+    shop = pocket_records.Shop(pocket_records.Plan(collected, tmp_path), Library(collected, "train"))
     (tmp_path / "images/apart/000").mkdir(parents=True)
-    made = [build_pocket.make_apart(shop, index) for index in range(30)]
+    made = [pocket_records.make_apart(shop, index) for index in range(30)]
     assert {1, 2} <= {len(line[0]["conversations"]) // 2 for line in made if line} <= {1, 2, 3}
 
 
 def test_every_other_record_of_boxes_has_one_thing(collected: Path, tmp_path: Path) -> None:
-    shop = build_pocket.Shop(build_pocket.Plan(collected, tmp_path), Library(collected, "train"))
+    shop = pocket_records.Shop(pocket_records.Plan(collected, tmp_path), Library(collected, "train"))
     (tmp_path / "images/boxes/000").mkdir(parents=True)
-    made = [build_pocket.make_boxes(shop, index) for index in range(20)]
+    made = [pocket_records.make_boxes(shop, index) for index in range(20)]
     assert all(len(line[0]["regions"]) == 1 for line in made[1::2] if line)
     assert any(len(line[0]["regions"]) > 1 for line in made[::2] if line)
     for line in made:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
-from internvl.data import build_pocket, words
+from internvl.data import pocket_records, words
 from internvl.data.library import Library
 from internvl.data.records import parse_record
 from internvl.data.templates import Turn
@@ -66,9 +66,9 @@ def test_the_question_has_the_text_as_its_answer() -> None:
 
 
 def test_a_record_is_spelled_and_says_where_its_letters_are(library: Library, tmp_path: Path) -> None:
-    shop = build_pocket.Shop(build_pocket.Plan(library.folder, tmp_path), library)
+    shop = pocket_records.Shop(pocket_records.Plan(library.folder, tmp_path), library)
     (tmp_path / "images/words/000").mkdir(parents=True)
-    line, (asked,) = build_pocket.make_words(shop, 0)
+    line, (asked,) = pocket_records.make_words(shop, 0)
     letters = "".join(region["text"] for region in line["regions"])
     assert letters == asked.answer.replace(" ", "")
     assert parse_record(line).turns[-1] == Turn("assistant", asked.answer, spelled=True)

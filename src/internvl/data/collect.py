@@ -34,6 +34,8 @@ from internvl.fetch import cache_folder, fetch, find, locked
 CUTOUT_PX, PHOTO_PX, QUALITY = 256, 512, 84
 HELD_OUT_PER_MILLE, HELD_OUT_BACKGROUNDS = 100, 170
 MAX_PIXELS = 40_000_000
+FAR, NEAR = 22, 5
+"""Bits in which looks differ, of 256: up to which pictures of one name are doubles, and any two."""
 _KINDS = {
     "animals": {5}, "animal": {5}, "fishes": {5}, "food": {13, 20}, "plants": {20, 13}, "people": {18, 8},
     "tools": {6},
@@ -97,7 +99,7 @@ def _collect(folder: Path, workers: int) -> None:
     nouns = wordnet()
     with ProcessPoolExecutor(workers) as pool:
         made = pool.map(normalise, sources(), chunksize=16)
-        pictures = [p for p in map(partial(_named, nouns=nouns), made) if p is not None]
+        pictures = [p for p in map(partial(named, nouns=nouns), made) if p is not None]
     pictures = list({p.row["id"]: p for p in reversed(pictures)}.values())[::-1]
     _split(pictures)
     for picture in pictures:
@@ -141,7 +143,7 @@ def normalise(found: Found) -> Picture | None:
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     if min(image.size) < 24 or max(image.size) < 48 or opaque < 0.05:
         return None
-    look = _look(image)
+    seen_as = look(image)
     stream = io.BytesIO()
     final = image if cutout else _on_white(image)
     final.save(stream, "WEBP", quality=QUALITY, alpha_quality=90, method=5)
@@ -156,7 +158,7 @@ def normalise(found: Found) -> Picture | None:
         "colour": colours.measure(image) if cutout else None, "fill": round(opaque, 3),
         "parts": num_parts(image) if cutout else 1,
     }  # fmt: skip
-    return Picture(row, stream.getvalue(), look, found.series)
+    return Picture(row, stream.getvalue(), seen_as, found.series)
 
 
 def _open(found: Found) -> Image.Image:
@@ -197,7 +199,8 @@ def _on_white(image: Image.Image) -> Image.Image:
     return white.convert("RGB")
 
 
-def _look(image: Image.Image) -> np.ndarray:
+def look(image: Image.Image) -> np.ndarray:
+    """RGBA -> 2 x 32 bytes: in which of 256 places it gets darker to the right, and the same of its mirror image."""
     gray = _on_white(image).convert("L").resize((17, 17), Image.Resampling.BOX)
     values = np.asarray(gray, np.int16)
     across = values[:16, 1:] > values[:16, :-1] + 2
@@ -205,12 +208,12 @@ def _look(image: Image.Image) -> np.ndarray:
     return np.packbits(np.stack([across, flipped[:16, 1:] > flipped[:16, :-1] + 2]).reshape(2, -1), axis=1)
 
 
-def _named(picture: Picture | None, nouns: Nouns) -> Picture | None:
+def named(picture: Picture | None, nouns: Nouns) -> Picture | None:
     """Add name, head and accepted answers; a picture that neither a name nor a sentence describes is dropped."""
     if picture is None:
         return None
     row = picture.row
-    strict = row["source"] == "openclipart"
+    strict = row["source"] == "openclipart" or row["category"] == "icons"
     found = names.name(row["title"], nouns, frozenset(_KINDS.get(row["category"], ())), strict=strict)
     proper = row["category"] == "monument" or (row["source"] == "stamps" and row["title"].startswith("“"))
     row["proper"] = bool(proper or (found is not None and found.proper))
@@ -269,8 +272,8 @@ def _alike(pictures: list[Picture]) -> Iterator[tuple[int, int]]:
         for side in (0, 1):
             other = bits[place, side]
             distance = ones[:place] + other.sum() - 2 * (bits[:place, 0] @ other)
-            for near in np.flatnonzero(distance <= 22):
-                if distance[near] <= 5 or pictures[near].row["head"] == pictures[place].row["head"]:
+            for near in np.flatnonzero(distance <= FAR):
+                if distance[near] <= NEAR or pictures[near].row["head"] == pictures[place].row["head"]:
                     yield int(near), place
 
 

@@ -16,8 +16,10 @@ from PIL import Image
 
 from internvl.data.packaged.common import set_of
 
-Split = Literal["train", "heldout"]
+Split = Literal["train", "heldout", "fresh"]
+"""Fresh ones are those of `drawings.py`: neither held out nor ever learned by the ViT."""
 CUTOUT_PX, BACKGROUND_PX = 192, 512
+DRAWINGS = "drawings.jsonl"
 _GENERAL = set_of("creature animal person thing object food plant body tool figure")
 """Never asked for in vain: most pictures show one."""
 _MANY = ("ss", "us", "is", "os")
@@ -77,7 +79,8 @@ class Library:
 
     @cached_property
     def all(self) -> list[Entry]:
-        lines = (self.folder / "pictures.jsonl").read_text(encoding="utf-8").splitlines()
+        files = ("pictures.jsonl", *((DRAWINGS,) if self.split == "fresh" else ()))
+        lines = [line for file in files for line in (self.folder / file).read_text(encoding="utf-8").splitlines()]
         found = [_entry(json.loads(line)) for line in lines]
         if self.held_out is None:
             return found
@@ -88,6 +91,11 @@ class Library:
     @cached_property
     def entries(self) -> list[Entry]:
         return [entry for entry in self.all if entry.split == self.split]
+
+    @cached_property
+    def drawings(self) -> list[Entry]:
+        """Entries with a name."""
+        return [entry for entry in self.entries if entry.name and not entry.background]
 
     @cached_property
     def cutouts(self) -> dict[str, list[Entry]]:
@@ -128,7 +136,9 @@ class Library:
 
     @cached_property
     def backgrounds(self) -> list[Entry]:
-        return [entry for entry in self.entries if entry.background]
+        """Of the split; fresh drawings stand on those of training."""
+        split = "train" if self.split == "fresh" else self.split
+        return [entry for entry in self.all if entry.background and entry.split == split]
 
     def picture(self, entry: Entry) -> Image.Image:
         """Decoded, small enough to be pasted: RGBA cut-out or RGB photo."""

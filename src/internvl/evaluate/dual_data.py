@@ -27,7 +27,8 @@ from internvl.data.labelled import (
 from internvl.data.packaged import class_names
 from internvl.data.records import Problem
 from internvl.data.shards import PICTURE_FIELDS, picture_and_text, read_parquet, read_tar
-from internvl.fetch import PACKAGES, fetch
+from internvl.fetch import fetch
+from internvl.packages import PACKAGES
 
 TARS = (".tar", ".tar.gz", ".tgz")
 _PARTS = re.compile(r"(\d+)")

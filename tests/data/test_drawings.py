@@ -1,0 +1,149 @@
+"""Fresh drawings: of known names, never what is held out, and never what the align stage may learn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from internvl.data import build_pocket, drawings, pocket_records
+from internvl.data.collect import Picture, look
+from internvl.data.library import DRAWINGS, Library
+from internvl.data.pocket_records import Plan, Shop
+
+
+def painted(seed: int, colour: str = "red") -> Image.Image:
+    """A cut-out that looks like no other: sixteen random bars."""
+    image = Image.new("RGBA", (120, 100), (0, 0, 0, 0))
+    draw, generator = ImageDraw.Draw(image), np.random.default_rng(seed)
+    draw.rectangle((0, 0, 118, 98), fill=colour)
+    for left, top in generator.integers(0, 90, (16, 2)).tolist():
+        draw.rectangle((left, top, left + 12, top + 9), fill="black")
+    return image
+
+
+def row(name: str, head: str, **other: Any) -> dict[str, Any]:
+    return {
+        "id": name, "file": f"pictures/{name}.webp", "source": "test", "kind": "drawing", "title": head, "name": head,
+        "head": head, "accept": [head], "wider": [], "group_kind": "object" if head else "", "names": {},
+        "captions": [], "keywords": [], "category": "", "cutout": True, "background": False, "colour": "red",
+        "fill": 0.7, "parts": 1, "proper": False, "split": "train", "name_seen": True, "path": f"{name}.svg",
+        "group": name, "width": 120, "height": 100, **other,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def collected(tmp_path: Path) -> Path:
+    """Training knows dog, cup and kite; a fox and a dog are held out; two grounds."""
+    folder = tmp_path / "collected"
+    (folder / "pictures").mkdir(parents=True)
+    rows = [
+        row("dog", "dog"), row("cup", "cup"), row("kite", "kite"),
+        row("1F98A", "fox", split="heldout", category="emoji"), row("held", "dog", split="heldout"),
+        row("hill", "", background=True, cutout=False, colour=None),
+        row("lake", "", background=True, cutout=False, colour=None, split="heldout"),
+    ]  # fmt: skip
+    for seed, one in enumerate(rows):
+        image = painted(seed) if one["cutout"] else Image.effect_noise((300, 260), 40 + seed).convert("RGB")
+        image.save(folder / one["file"], lossless=True)
+    (folder / "pictures.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    return folder
+
+
+def drawn(seed: int, name: str, head: str, series: str = "", **other: Any) -> Picture:
+    image = painted(seed)
+    return Picture(row(name, head, category="icons", **other), b"", look(image), series)
+
+
+def left(collected: Path, *pictures: Picture) -> list[str]:
+    rows = [json.loads(line) for line in (collected / "pictures.jsonl").read_text().splitlines()]
+    return [picture.row["id"] for picture in drawings.apart(list(pictures), rows, collected)]
+
+
+def test_drawings_bear_names_that_training_knows(collected: Path) -> None:
+    assert left(collected, drawn(50, "a", "dog"), drawn(51, "b", "zebra"), drawn(52, "c", "")) == ["a"]
+    assert left(collected, drawn(58, "known-of-held-out-pictures-alone", "fox")) == []
+
+
+def test_what_is_held_out_is_not_drawn_again(collected: Path) -> None:
+    same_emoji = drawn(53, "same-code", "dog", "emoji/\U0001f98a")
+    other_emoji = drawn(54, "other-code", "dog", "emoji/\U0001f436")
+    assert left(collected, same_emoji, other_emoji) == ["other-code"]
+    rows = [*(collected / "pictures.jsonl").read_text().splitlines(), json.dumps(row("fox", "fox"))]
+    (collected / "pictures.jsonl").write_text("\n".join(rows) + "\n")
+    named = [drawn(55, "emoji-set", "fox", source="streamline-emojis"), drawn(56, "signs", "fox", source="game-icons")]
+    assert left(collected, *named) == ["signs"]
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_what_looks_like_a_held_out_picture_is_left_out(collected: Path, mirrored: bool) -> None:
+    image = painted(4)
+    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
+    double = Picture(row("double", "cup"), b"", look(image), "")
+    assert left(collected, double, drawn(57, "other", "cup")) == ["other"]
+
+
+def test_looks_further_off_count_as_the_same_only_under_the_same_name(collected: Path) -> None:
+    """A held-out picture, a few of its bits turned: no double of another name, a double of its own."""
+    seen = look(painted(4))
+    turned = seen.copy()
+    turned[0, :12] ^= 1
+    pictures = [Picture(row(head, head, category="icons"), b"", turned, "") for head in ("cup", "dog")]
+    assert left(collected, *pictures) == ["cup"]
+
+
+@pytest.fixture
+def shop(collected: Path, tmp_path: Path) -> Shop:
+    (collected / "drawings").mkdir()
+    lines = []
+    for seed, head in enumerate(("dog", "cup", "kite") * 2):
+        one = row(f"new{seed}", head, split="fresh", file=f"drawings/new{seed}.webp", colour="blue", source="icons")
+        painted(60 + seed, "blue").save(collected / one["file"], lossless=True)
+        lines.append(json.dumps(one) + "\n")
+    (collected / DRAWINGS).write_text("".join(lines))
+    (tmp_path / "images/fresh/000").mkdir(parents=True)
+    return Shop(Plan(collected, tmp_path, fresh=40), Library(collected, "train"))
+
+
+def test_fresh_records_show_drawings_on_training_grounds_and_nothing_else(shop: Shop) -> None:
+    library = shop.fresh
+    assert {entry.id for entry in library.entries} == {f"new{seed}" for seed in range(6)}
+    assert [entry.id for entry in library.backgrounds] == ["hill"]
+    assert all(entry.split != "fresh" for entry in shop.library.all)
+    assert set(library.known_heads) == {"dog", "cup", "kite"}
+
+
+def _number(line: dict[str, Any]) -> int:
+    return int(line["id"].split("-")[1]) % 8
+
+
+def test_fresh_records_say_nothing_to_the_align_stage_and_ask_every_kind_of_question(shop: Shop) -> None:
+    made = [one for index in range(160) if (one := pocket_records.make_fresh(shop, index))]
+    assert all("regions" not in line and not asked for line, asked in made)
+    turns = [turn["value"] for line, _ in made for turn in line["conversations"][1::2]]
+    assert {"yes", "no", "blue", "left", "above", "1", "2", "a dog"} <= set(turns)
+    assert {turn["value"] for line, _ in made if _number(line) == 2 for turn in line["conversations"][1::2]} == {
+        "yes", "no"
+    }  # fmt: skip
+    sides = {turn["value"] for line, _ in made if _number(line) == 6 for turn in line["conversations"][1::2]}
+    assert sides <= {"left", "right", "above", "below", "yes", "no"}
+    assert len(sides) > 2
+    alone = [line for line, _ in made if _number(line) == 7]
+    assert len(alone) == 20
+
+
+def test_a_build_without_drawings_says_how_to_do_without(collected: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"drawings\.jsonl: no such file, and 5 records .* `--fresh 0`"):
+        build_pocket.build(Plan(collected, tmp_path / "out", 0, 0, 0, 0, 0, 0, fresh=5))
+    assert not (tmp_path / "out").exists()
+
+
+def test_drawings_are_added_once(collected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(drawings, "_add", lambda folder, target, workers: (calls.append(folder), target.touch()))
+    assert drawings.add(collected) == drawings.add(collected) == collected / DRAWINGS
+    assert calls == [collected]
