@@ -8,7 +8,7 @@ from PIL import Image
 from internvl.data.asked import Asked, pick
 from internvl.data.library import Entry, Library
 from internvl.data.names import plural, with_article
-from internvl.data.scenes import Box, lay_ground
+from internvl.data.scenes import Box, lay_ground, region_text
 
 _NAMING = ("What is this?", "What is shown in the picture?", "Name the object.", "What is in the picture?",
            "What do you see?",
@@ -34,8 +34,8 @@ FULL = 0.95
 
 
 def region_of(entry: Entry, box: Box) -> tuple[str, Box]:
-    """What a token that lies in the picture's object says."""
-    return f"{entry.colour or ''} {entry.name}".strip(), box
+    """The one thing there is."""
+    return region_text(entry.colour, entry.name), box
 
 
 def show(library: Library, entry: Entry, generator: np.random.Generator, plain: bool = False) -> Image.Image:

@@ -46,6 +46,11 @@ class Thing:
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
 
+def region_text(colour: str | None, name: str) -> str:
+    """What a token that lies in a thing says: its colour where that is clear, and its name."""
+    return f"{colour or ''} {name}".strip()
+
+
 @dataclass
 class Scene:
     image: Image.Image
@@ -66,8 +71,8 @@ class Scene:
         )  # fmt: skip
 
     def regions(self) -> list[tuple[str, Box]]:
-        """What is where, on the 0..1000 grid: a colour where it is clear, and the name."""
-        return [(f"{thing.colour or ''} {thing.name}".strip(), self.box_1000(thing)) for thing in self.things]
+        """What is where, on the 0..1000 grid."""
+        return [(region_text(thing.colour, thing.name), self.box_1000(thing)) for thing in self.things]
 
     def groups(self) -> dict[str, list[Thing]]:
         found: dict[str, list[Thing]] = {}
