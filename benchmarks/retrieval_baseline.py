@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from measure import write
+from ridge import Ridge
 from torch import Tensor
 
 import internvl
@@ -98,29 +99,16 @@ def text_vectors(texts: list[str], model: str) -> Tensor:
     return found.float()
 
 
-class Ridge:
-    """Least squares with a penalty, on standardised features and centred targets."""
-
-    def __init__(self, features: Tensor, targets: Tensor, strength: float) -> None:
-        self.mean, self.spread, self.centre = features.mean(0), features.std(0) + 1e-6, targets.mean(0)
-        x = self._standard(features).double()
-        penalty = strength * torch.eye(x.shape[1], dtype=x.dtype)
-        self.weight = torch.linalg.solve(x.T @ x + penalty, x.T @ (targets - self.centre).double()).float()
-
-    def _standard(self, features: Tensor) -> Tensor:
-        return (features - self.mean) / self.spread
-
-    def score(self, features: Tensor, targets: Tensor) -> Retrieval:
-        """Row n of both belongs together."""
-        images, texts = self._standard(features) @ self.weight, targets - self.centre
-        return retrieve(F.normalize(images, dim=-1), F.normalize(texts, dim=-1), torch.arange(len(texts)))
+def score(fit: Ridge, features: Tensor, targets: Tensor) -> Retrieval:
+    """Row n of both belongs together."""
+    return retrieve(fit.pictures(features), fit.texts(targets), torch.arange(len(targets)))
 
 
 def choose(features: Tensor, targets: Tensor) -> float:
     """The strength with the best mean recall on every fifth row, fitted on the others."""
     fifth = torch.arange(len(features)) % 5 == 0
     fits = {x: Ridge(features[~fifth], targets[~fifth], x) for x in STRENGTHS}
-    return max(STRENGTHS, key=lambda x: fits[x].score(features[fifth], targets[fifth]).mean)
+    return max(STRENGTHS, key=lambda x: score(fits[x], features[fifth], targets[fifth]).mean)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -154,9 +142,8 @@ def main() -> None:
     features = image_features(paths, asked.pictures, getattr(torch, asked.dtype), asked.keep)
     targets = text_vectors([plain(line) for line in [*lines, *held]], asked.texts)
     strength = choose(features[: len(lines)], targets[: len(lines)])
-    found = Ridge(features[: len(lines)], targets[: len(lines)], strength).score(
-        features[len(lines) :], targets[len(lines) :]
-    )
+    fit = Ridge(features[: len(lines)], targets[: len(lines)], strength)
+    found = score(fit, features[len(lines) :], targets[len(lines) :])
     sides = {"image to text": asdict(found.image_to_text), "text to image": asdict(found.text_to_image)}
     for name, side in sides.items():
         print(name, ", ".join(f"R@{k} {value:.3f}" for k, value in side["at"].items()))
