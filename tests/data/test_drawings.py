@@ -147,3 +147,17 @@ def test_drawings_are_added_once(collected: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(drawings, "_add", lambda folder, target, workers: (calls.append(folder), target.touch()))
     assert drawings.add(collected) == drawings.add(collected) == collected / DRAWINGS
     assert calls == [collected]
+
+
+def test_where_drawings_cannot_be_brought_the_way_without_them_is_named(
+    collected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from internvl import fetch as fetching
+    from internvl.commands import data as command
+
+    monkeypatch.setenv("INTERNVL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fetching.shutil, "which", lambda name: None)
+    monkeypatch.setattr(drawings, "wordnet", lambda: None)
+    with pytest.raises(OSError, match=r"no npm; .* build without these drawings: --fresh 0"):
+        command.main(["build", "--collected", str(collected), "--out", str(tmp_path / "out"), "--workers", "1"])
+    assert not (tmp_path / "out").exists()

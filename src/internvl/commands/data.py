@@ -124,7 +124,10 @@ def _build(asked: Build) -> int:
 
     collected = asked.collected or collect(workers=asked.workers)
     if asked.fresh:
-        add(collected, asked.workers)
+        try:
+            add(collected, asked.workers)
+        except OSError as error:
+            raise OSError(f"{error}; or build without these drawings: --fresh 0") from error
     numbers = (asked.scenes, asked.words, asked.boxes, asked.apart, asked.counts, asked.colours, asked.fresh)
     plan = Plan(collected, asked.out, *numbers, asked.seed, asked.workers)
     build(plan, say)
