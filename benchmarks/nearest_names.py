@@ -39,7 +39,7 @@ from internvl.train.teachers import open_teacher
 
 MOST_OF_A_NAME = 6
 STRENGTH = 2000.0
-"""Of the ridge; from 100 to 5,000 its share of right names differed by a point."""
+"""Of the ridge; not tuned, so a better one may name a little more."""
 PICTURES, DRAWS = 4, 20
 """To choose one from, and how often others are drawn for it."""
 
