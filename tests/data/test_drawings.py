@@ -136,6 +136,15 @@ def test_fresh_records_say_nothing_to_the_align_stage_and_ask_every_kind_of_ques
     assert len(alone) == 20
 
 
+def test_half_of_many_shows_drawings_without_regions(shop: Shop, tmp_path: Path) -> None:
+    (tmp_path / "images/many/000").mkdir(parents=True)
+    made = {index: one[0] for index in range(64) if (one := pocket_records.make_many(shop, index))}
+    kinds = {index: pocket_records._MANY[index % 8][0] for index in made}
+    assert {index for index, line in made.items() if "regions" not in line} == {
+        index for index in made if index // 8 % 2 and kinds[index] != "shapes"
+    }  # fmt: skip
+
+
 def test_a_build_without_drawings_says_how_to_do_without(collected: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"drawings\.jsonl: no such file, and 5 records .* `--fresh 0`"):
         build_pocket.build(Plan(collected, tmp_path / "out", 0, 0, 0, 0, 0, 0, fresh=5))

@@ -39,6 +39,8 @@ class Build:
     """Scenes of cut-outs painted in colours not their own; colours are asked, and sometimes what is there."""
     fresh: int = 20_000
     """Scenes of drawings that no other set shows; they come as npm packages, 0 does without."""
+    many: int = 20_000
+    """Scenes of which one question is asked again and again, of other things; half of them fresh drawings."""
     workers: int = os.cpu_count() or 2
     seed: int = 0
     collected: Path | None = None
@@ -128,7 +130,16 @@ def _build(asked: Build) -> int:
             add(collected, asked.workers)
         except OSError as error:
             raise OSError(f"{error}; or build without these drawings: --fresh 0") from error
-    numbers = (asked.scenes, asked.words, asked.boxes, asked.apart, asked.counts, asked.colours, asked.fresh)
+    numbers = (
+        asked.scenes,
+        asked.words,
+        asked.boxes,
+        asked.apart,
+        asked.counts,
+        asked.colours,
+        asked.fresh,
+        asked.many,
+    )
     plan = Plan(collected, asked.out, *numbers, asked.seed, asked.workers)
     build(plan, say)
     return 0

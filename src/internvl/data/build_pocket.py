@@ -28,6 +28,7 @@ REPEATS = {
     "counts": 0.5,
     "colours": 0.5,
     "fresh": 1,
+    "many": 0.7,
 }
 """repeat_time of the meta JSON: scenes teach most, single shapes least."""
 
@@ -55,6 +56,7 @@ def build(plan: Plan, log: Callable[[str], None] = lambda line: None) -> dict[st
         "pictures": len(shop.pictures),
         "easy_vqa": len(shop.easy_vqa),
         "fresh": plan.fresh,
+        "many": plan.many,
     }
     counts = {}
     for name, number in numbers.items():
@@ -135,6 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--counts", type=int, default=Plan.counts)
     parser.add_argument("--colours", type=int, default=Plan.colours)
     parser.add_argument("--fresh", type=int, default=Plan.fresh)
+    parser.add_argument("--many", type=int, default=Plan.many)
     parser.add_argument("--seed", type=int, default=Plan.seed)
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     plan = Plan(**vars(parser.parse_args(arguments)))

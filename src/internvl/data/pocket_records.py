@@ -34,6 +34,7 @@ STREAMS = {
     "counts": 7,
     "colours": 8,
     "fresh": 9,
+    "many": 10,
 }
 """First number of a record's seed, so that sets do not share random numbers."""
 
@@ -49,6 +50,7 @@ class Plan:
     counts: int = 15_000
     colours: int = 15_000
     fresh: int = 20_000
+    many: int = 20_000
     seed: int = 0
     workers: int = 2
 
@@ -192,6 +194,37 @@ def make_fresh(shop: Shop, index: int) -> Made | None:
     return record("fresh", index, shop.save(scene.image, "fresh", index), scene.image.size, asked, rng), []
 
 
+_MANY: tuple[tuple[scenes.Kind, str, float], ...] = (
+    ("mixed", "yesno", 0.0),
+    ("count", "count", 0.0),
+    ("shapes", "yesno", 0.0),
+    ("mixed", "yesno", 0.3),
+    ("colour", "colour", 0.6),
+    ("shapes", "count", 0.0),
+    ("count", "yesno", 0.0),
+    ("count", "count", 0.0),
+)
+"""Kind of scene, the one thing that is asked of all in it, and how many cut-outs are painted anew."""
+
+
+def make_many(shop: Shop, index: int) -> Made | None:
+    """A scene of which one question is asked again and again, of other things: more answers for a picture's tokens.
+
+    Every other eight records show fresh drawings, where there are any: those have no `regions`.
+    """
+    kind, task, repainted = _MANY[index % len(_MANY)]
+    fresh = bool(shop.plan.fresh) and kind != "shapes" and index // len(_MANY) % 2 == 1
+    library = shop.fresh if fresh else shop.library
+    rng = shop.generator("many", index)
+    scene = scenes.compose(library, rng, kind, repainted=repainted)
+    asked = questions.several(scene, library, rng, task)
+    crowded = task != "count" or any(int(one.answer) > 2 for one in asked)
+    if not asked or not (crowded or rng.random() < 0.5):  # what finds no place is left out: few of four, five remain
+        return None
+    regions = None if fresh else scene.regions()
+    return record("many", index, shop.save(scene.image, "many", index), scene.image.size, asked, rng, regions), []
+
+
 def _of_scene(
     shop: Shop, name: str, index: int, scene: scenes.Scene, asked: list[Asked], rng: np.random.Generator
 ) -> dict[str, Any]:
@@ -228,5 +261,5 @@ def make_easy_vqa(shop: Shop, index: int) -> Made:
 MAKERS: dict[str, Callable[[Shop, int], Made | None]] = {
     "scenes": make_scene, "words": make_words, "pictures": make_picture, "easy_vqa": make_easy_vqa,
     "boxes": make_boxes, "apart": make_apart, "counts": make_counts, "colours": make_colours,
-    "fresh": make_fresh,
+    "fresh": make_fresh, "many": make_many,
 }  # fmt: skip

@@ -77,17 +77,67 @@ def apart(
     return asked
 
 
+def several(scene: Scene, library: Library, generator: np.random.Generator, task: Task, most: int = 6) -> list[Asked]:
+    """Questions of one task, each about another thing: yesno, colour or count. The picture's tokens are paid for once.
+
+    No answer follows from those before it. A record of yes and no ends when all that is there has been named: from
+    then on every answer would be no.
+    """
+    if not scene.things:
+        return []
+    if task == "yesno":
+        return _several_yesno(scene, library, generator, most)
+    if task == "colour":
+        things = _single_coloured(scene)
+        order = generator.permutation(len(things))[:most]
+        return [_colour_of(things[int(k)], scene, generator) for k in order]
+    if task == "count":
+        numbers = _partition(scene, generator)
+        nouns = [list(numbers)[int(k)] for k in generator.permutation(len(numbers))]
+        if generator.random() < 0.75:
+            nouns.sort(key=lambda noun: numbers[noun], reverse=True)  # most of the time the crowd first, as in `count`
+        return [_how_many(noun, numbers[noun], generator) for noun in nouns[:most]]
+    raise ValueError(f"several questions of {task}; only yesno, colour and count can be asked of several things")
+
+
+def _several_yesno(scene: Scene, library: Library, generator: np.random.Generator, most: int) -> list[Asked]:
+    asked: list[Asked] = []
+    spoken: set[str] = set()
+    while len(asked) < most and not spoken.issuperset(scene.groups()):
+        there = generator.random() < 0.5
+        tries = (_present(scene, generator) if there else _absent(scene, library, generator) for _ in range(8))
+        noun = next((noun for noun in tries if noun and noun not in spoken), None)
+        if noun is None:
+            break
+        spoken.add(noun)
+        asked.append(_whether(noun, there, generator))
+    return asked
+
+
+def _partition(scene: Scene, generator: np.random.Generator) -> dict[str, int]:
+    """What can be counted, no thing twice: of shapes all, by shape or by colour."""
+    if scene.kind != "shapes":
+        return {noun: len(group) for noun, group in scene.groups().items()}
+    draw = generator.random()
+    if draw < 0.3:
+        return {"shape": len(scene.things)}
+    said = [thing.name if draw < 0.75 else f"{thing.colour} shape" for thing in scene.things]
+    return {noun: said.count(noun) for noun in dict.fromkeys(said)}
+
+
 def yesno(scene: Scene, library: Library, generator: np.random.Generator) -> Asked | None:
     wanted = generator.random() < 0.5
     noun = _present(scene, generator) if wanted else _absent(scene, library, generator)
-    if noun is None:
-        return None
+    return None if noun is None else _whether(noun, wanted, generator)
+
+
+def _whether(noun: str, there: bool, generator: np.random.Generator) -> Asked:
     many, one = plural(noun), with_article(noun)
     text = pick((f"Is there {one} in the picture?", f"Is there {one} in the image?", f"Is there {one}?",
                  f"Does the picture show {one}?", f"Can you see {one}?", f"Does the image contain {one}?",
                  f"Do you see {one} here?", f"Are there any {many} in the picture?", f"Is {one} visible?",
                  f"Is {one} present in this image?"), generator)  # fmt: skip
-    return Asked("scenes_yesno", lower(text, generator), "yes" if wanted else "no")
+    return Asked("scenes_yesno", lower(text, generator), "yes" if there else "no")
 
 
 def _present(scene: Scene, generator: np.random.Generator) -> str:
@@ -144,13 +194,21 @@ def _absent_shape(scene: Scene, generator: np.random.Generator) -> str:
 
 
 def colour(scene: Scene, library: Library, generator: np.random.Generator) -> Asked | None:
-    single = [group[0] for group in scene.groups().values() if len(group) == 1 and group[0].colour]
-    if scene.kind == "shapes":
-        names = [thing.name for thing in scene.things]
-        single = [thing for thing in scene.things if names.count(thing.name) == 1]
+    single = _single_coloured(scene)
     if not single:
         return None
-    thing = single[int(generator.integers(len(single)))]
+    return _colour_of(single[int(generator.integers(len(single)))], scene, generator)
+
+
+def _single_coloured(scene: Scene) -> list[Thing]:
+    """What "the apple" can mean, if its colour is clear."""
+    if scene.kind == "shapes":
+        names = [thing.name for thing in scene.things]
+        return [thing for thing in scene.things if names.count(thing.name) == 1]
+    return [group[0] for group in scene.groups().values() if len(group) == 1 and group[0].colour]
+
+
+def _colour_of(thing: Thing, scene: Scene, generator: np.random.Generator) -> Asked:
     noun = thing.name if thing.entry is None else thing.noun
     same = [t for t in scene.things if t.colour == thing.colour]
     if thing.entry is None and len(same) == 1 and generator.random() < 0.25:
@@ -168,8 +226,10 @@ def colour(scene: Scene, library: Library, generator: np.random.Generator) -> As
 
 def count(scene: Scene, library: Library, generator: np.random.Generator) -> Asked | None:
     noun, number = _counted(scene, library, generator)
-    if noun is None:
-        return None
+    return None if noun is None else _how_many(noun, number, generator)
+
+
+def _how_many(noun: str, number: int, generator: np.random.Generator) -> Asked:
     many = plural(noun)
     text = pick((f"How many {many} are there?", f"How many {many} are in the picture?",
                  f"How many {many} can you see?",
