@@ -40,7 +40,7 @@ class Build:
     fresh: int = 20_000
     """Scenes of drawings that no other set shows; they come as npm packages, 0 does without."""
     many: int = 20_000
-    """Scenes of which one question is asked again and again, of other things; half of them fresh drawings."""
+    """Scenes of which one question is asked again and again, of other things; half of fresh drawings."""
     workers: int = os.cpu_count() or 2
     seed: int = 0
     collected: Path | None = None
