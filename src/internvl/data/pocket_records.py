@@ -210,7 +210,7 @@ _MANY: tuple[tuple[scenes.Kind, str, float], ...] = (
 def make_many(shop: Shop, index: int) -> Made | None:
     """A scene of which one question is asked again and again, of other things: more answers for a picture's tokens.
 
-    Every other eight records show fresh drawings, where there are any: those have no `regions`.
+    Every other eight records, but for shapes, show fresh drawings, where they are asked for: without `regions`.
     """
     kind, task, repainted = _MANY[index % len(_MANY)]
     fresh = bool(shop.plan.fresh) and kind != "shapes" and index // len(_MANY) % 2 == 1

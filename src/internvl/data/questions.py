@@ -80,8 +80,8 @@ def apart(
 def several(scene: Scene, library: Library, generator: np.random.Generator, task: Task, most: int = 6) -> list[Asked]:
     """Questions of one task, each about another thing: yesno, colour or count. The picture's tokens are paid for once.
 
-    No answer follows from those before it. A record of yes and no ends when all that is there has been named: from
-    then on every answer would be no.
+    They hardly tell of each other: a red circle is a circle, and the largest crowd mostly comes first. A record of yes
+    and no ends when all that is there has been named: from then on every answer would be no.
     """
     if not scene.things:
         return []
