@@ -38,9 +38,9 @@ class Build:
     colours: int = 15_000
     """Scenes of cut-outs painted in colours not their own; colours are asked, and sometimes what is there."""
     fresh: int = 20_000
-    """Scenes of drawings that no other set shows; they come as npm packages, 0 does without."""
+    """Scenes of drawings that the ViT never learns; they come as npm packages, 0 does without, in `many` too."""
     many: int = 20_000
-    """Scenes of which one question is asked again and again, of other things; half of fresh drawings."""
+    """Scenes of which one question is asked again and again, of other things; half of fresh drawings if any."""
     workers: int = os.cpu_count() or 2
     seed: int = 0
     collected: Path | None = None

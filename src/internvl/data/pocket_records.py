@@ -77,7 +77,7 @@ class Shop:
 
     @cached_property
     def fresh(self) -> Library:
-        """Drawings that no other set shows."""
+        """Drawings that only records without `regions` show."""
         return Library(self.library.folder, "fresh")
 
     @cached_property
