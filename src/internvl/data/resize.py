@@ -6,7 +6,9 @@ the second, so bands of them give what the whole gives. Pillow releases the inte
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Callable
+from functools import partial
+from itertools import islice, pairwise
 
 import numpy as np
 import PIL
@@ -29,15 +31,24 @@ def planes(image: Image.Image, *grids: Grid) -> None:
     if threads == 1 or not _rows_come_first(image):
         spread(lambda grid: _write(image, grid), grids, threads)
         return
-    bands = [image]
-    if any(_width(grid) != image.width for grid in grids):
-        edges = [round(band * image.height / threads) for band in range(threads + 1)]
-        bands = [image.crop((0, top, image.width, bottom)) for top, bottom in pairwise(edges) if bottom > top]
-    for grid in grids:
-        if image.size == (_width(grid), _height(grid)):
-            _write(image, grid)
-        else:
-            _resize(bands, grid, threads)
+    work: list[Callable[[], None]] = [partial(_write, image, grid) for grid in grids if _fits(image, grid)]
+    resized = [grid for grid in grids if not _fits(image, grid)]
+    edges = _edges(image.height, 2 * threads) if resized else []
+    bands = [image.crop((0, top, image.width, bottom)) for top, bottom in edges]
+    passes = [(band, _width(grid)) for grid in resized for band in bands]
+    narrow = iter(spread(lambda each: _along_rows(*each), passes, threads))
+    for grid in resized:
+        rows = list(islice(narrow, len(bands)))
+        # Bands of columns, each inside one column of tiles, and enough of them to keep the threads equally busy.
+        parts = _edges(grid.shape[-1], 2 * threads if grid.shape[1] < threads else 2)
+        for column in range(grid.shape[1]):
+            work += [partial(_write_columns, rows, grid, column, *part) for part in parts]
+    spread(lambda write: write(), work, threads)
+
+
+def _edges(length: int, parts: int) -> list[tuple[int, int]]:
+    places = [round(part * length / parts) for part in range(parts + 1)]
+    return [(first, last) for first, last in pairwise(places) if last > first]
 
 
 def _rows_come_first(image: Image.Image) -> bool:
@@ -51,21 +62,12 @@ def _write(image: Image.Image, grid: Grid) -> None:
         grid[:, :, channel] = np.asarray(plane).reshape(rows, side, columns, side).transpose(0, 2, 1, 3)
 
 
-def _resize(bands: list[Image.Image], grid: Grid, threads: int) -> None:
-    rows, columns, _, side, _ = grid.shape
-    narrow = spread(lambda band: _along_rows(band, columns * side), bands, threads)
-    # Bands of columns, each inside one column of tiles, and enough of them to keep the threads equally busy.
-    pieces = 1 if columns % threads == 0 else 2 * threads
-    edges = [round(part * side / pieces) for part in range(pieces + 1)]
-    places = [(column, first, last) for column in range(columns) for first, last in pairwise(edges) if last > first]
-
-    def write(place: tuple[int, int, int]) -> None:
-        column, first, last = place
-        band = _columns(narrow, column * side + first, last - first).resize((last - first, rows * side), BICUBIC)
-        for channel, plane in enumerate(band.split()):
-            grid[:, column, channel, :, first:last] = np.asarray(plane).reshape(rows, side, last - first)
-
-    spread(write, places, threads)
+def _write_columns(rows: list[Image.Image], grid: Grid, column: int, first: int, last: int) -> None:
+    """These columns of one column of tiles, from the picture that the bands of rows make up."""
+    side = grid.shape[-1]
+    band = _columns(rows, column * side + first, last - first).resize((last - first, _height(grid)), BICUBIC)
+    for channel, plane in enumerate(band.split()):
+        grid[:, column, channel, :, first:last] = np.asarray(plane).reshape(-1, side, last - first)
 
 
 def _along_rows(band: Image.Image, width: int) -> Image.Image:
@@ -80,6 +82,10 @@ def _columns(bands: list[Image.Image], left: int, width: int) -> Image.Image:
         joined.paste(band, (-left, top))  # Pillow copies only what falls inside
         top += band.height
     return joined
+
+
+def _fits(image: Image.Image, grid: Grid) -> bool:
+    return image.size == (_width(grid), _height(grid))
 
 
 def _width(grid: Grid) -> int:
