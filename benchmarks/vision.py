@@ -1,7 +1,8 @@
-"""One 448 px tile through InternViT (384 wide, 12 blocks): ours, transformers', plain attention, on the same weights.
+"""One tile through InternViT (384 wide, 12 blocks): ours, transformers', plain attention, on the same weights.
 
-Side by side in one process, in turns; medians. Beside them the limit: what the matrix products and the attention of the
-same shapes take alone. Run it on a quiet machine: python benchmarks/vision.py
+Side by side in one process, in turns; medians. Ours is what answers run, a fused copy of the weights; what learns runs
+the readable module. Beside them the limit: what the matrix products and the attention of the same shapes take alone.
+Run it on a quiet machine: python benchmarks/vision.py [--side 448]
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from transformers import InternVLVisionConfig, InternVLVisionModel
 from internvl.config import VisionConfig
 from internvl.convert.keys import expand
 from internvl.convert.native import native_rules
+from internvl.models.choose import choose_vision
 from internvl.models.internvit import InternViT
 from internvl.models.layers import rows_by_matrix
 from internvl.zoo import CHAT
@@ -52,9 +54,9 @@ def peer(ours: InternViT, attention: str) -> InternVLVisionModel:
     return model.to(next(ours.parameters()).dtype).eval()
 
 
-def parts(dtype: torch.dtype, best: Callable[[Callable[[], Any]], float]) -> float:
+def parts(dtype: torch.dtype, length: int, best: Callable[[Callable[[], Any]], float]) -> float:
     """Seconds of the linear layers and of the attention products alone, each by its fastest kernel here."""
-    length, width, heads = CONFIG.num_positions, CONFIG.width, CONFIG.heads
+    width, heads = CONFIG.width, CONFIG.heads
     seconds = 0.0
     for new, old in ((3 * width, width), (width, width), (CONFIG.mlp_width, width), (width, CONFIG.mlp_width)):
         x, weight = torch.randn(length, old).to(dtype), torch.randn(new, old).to(dtype)
@@ -76,14 +78,20 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def measure(dtype: torch.dtype, repeats: int, tiles: int) -> dict[str, Any]:
+def measure(dtype: torch.dtype, repeats: int, tiles: int, side: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    ours = InternViT(CONFIG)
-    for parameter in ours.parameters():
+    module = InternViT(CONFIG)
+    for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.03)
-    ours = ours.to(dtype).eval()
-    models = {"ours": ours, "transformers": peer(ours, "sdpa"), "plain products": peer(ours, "eager")}
-    x = torch.randn(tiles, 3, 448, 448).to(dtype)
+    module = module.to(dtype).eval()
+    models = {
+        "ours": choose_vision(module),
+        "ours, as it learns": module,
+        "transformers": peer(module, "sdpa"),
+        "plain products": peer(module, "eager"),
+    }
+    x = torch.randn(tiles, 3, side, side).to(dtype)
+    length = (side // CONFIG.patch_size) ** 2 + 1
     with torch.inference_mode():
         outputs = {name: model(x) for name, model in models.items()}
         wanted = outputs["plain products"].last_hidden_state.float()
@@ -92,7 +100,7 @@ def measure(dtype: torch.dtype, repeats: int, tiles: int) -> dict[str, Any]:
         for _ in range(repeats):
             for name, model in models.items():
                 seconds[name].append(timed(partial(model, x)))
-        limit = parts(dtype, lambda call: min(timed(call) for _ in range(3 + repeats)))
+        limit = parts(dtype, length, lambda call: min(timed(call) for _ in range(3 + repeats)))
     ms = {name: 1000 * statistics.median(values) / tiles for name, values in seconds.items()}
     better = min(ms["transformers"], ms["plain products"])
     return {
@@ -113,6 +121,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--tiles", type=int, default=1)
+    parser.add_argument("--side", type=int, default=448, help="pixels of a tile")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
@@ -120,9 +130,10 @@ def main() -> None:
     cpu = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
-    rows = [measure(dtype, asked.repeats, asked.tiles) for dtype in (torch.float32, torch.bfloat16)]
+    rows = [measure(dtype, asked.repeats, asked.tiles, asked.side) for dtype in (torch.float32, torch.bfloat16)]
     print(
-        f"{'':10}{'ours':>10}{'transf.':>10}{'plain':>10}{'parts':>10}   ms a tile; times transformers, the better peer"
+        f"{'':10}{'ours':>10}{'learns':>10}{'transf.':>10}{'plain':>10}{'parts':>10}"
+        "   ms a tile; times transformers, the better peer"
     )
     for row in rows:
         ms = row["ms per tile"].values()
@@ -131,18 +142,19 @@ def main() -> None:
             f"   {row['times transformers']:.2f}, {row['times better peer']:.2f}; "
             f"{100 * row['share of the rate of the parts']:.0f} % of the parts' rate"
         )
-    RESULTS.parent.mkdir(exist_ok=True)
+    asked.out.parent.mkdir(exist_ok=True)
     result = {
         "date": date.today().isoformat(),
         "commit": commit.stdout.strip(),
         "cpu": f"{cpu[0] if cpu else platform.processor()}, {asked.threads} threads",
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "tiles": asked.tiles,
+        "side": asked.side,
         "repeats": asked.repeats,
         "load before": [round(value, 2) for value in os.getloadavg()],
         "rows": rows,
     }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    asked.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

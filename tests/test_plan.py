@@ -16,10 +16,12 @@ from torch.utils._pytree import tree_leaves
 
 from internvl.cli import main
 from internvl.config import ChatConfig
+from internvl.generate.engine import Engine
 from internvl.load import save_checkpoint
 from internvl.models.build import build
 from internvl.models.decoder import PlainDecoder, Slots
 from internvl.models.four_bit import GROUP, quantise
+from internvl.models.products import BlockedProduct, blocked_is_available
 from internvl.plan import DTYPES, INT4_GROUP, Plan, _need, config_of
 from internvl.zoo import CHAT, RELEASED
 from tiny import FAMILIES, tiny_chat_config, tiny_model
@@ -240,3 +242,20 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such folder" in capsys.readouterr().err
     assert main(["plan", "pocket", "--memory", "0"]) == 1
     assert "--memory 0" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not blocked_is_available(torch.float32), reason="torch was built without oneDNN")
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_the_copies_of_answers_on_a_cpu(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices that an engine copies, to the number; a head is counted though the tied embedding is no matrix."""
+    copied, make = [], BlockedProduct.__init__
+
+    def counted(self: BlockedProduct, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        copied.append(weight.nbytes)
+        make(self, weight, bias)
+
+    monkeypatch.setattr(BlockedProduct, "__init__", counted)
+    model = tiny_model(family)
+    Engine(model)
+    plan = Plan(model.config, "fp32")
+    assert sum(copied) == (plan.copy_bytes if family == "llama" else Plan(model.config, "int8").copy_bytes * 2)

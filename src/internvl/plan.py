@@ -142,16 +142,18 @@ class Plan:
 
     @property
     def copy_bytes(self) -> int:
-        """What `internvl chat` adds on a CPU for Llama-shaped models: a copy of matrices in the form that steps read.
+        """What `internvl chat` adds on a CPU for Llama-shaped models: a copy of matrices in the form that answers read.
 
-        int4 keeps the bfloat16 matrices beside the blocks, which prompts are read with; int8 has no such copy. Not part
-        of the other sums.
+        int4 keeps the bfloat16 matrices beside the blocks, which prompts are read with; int8 copies the ViT's alone.
+        Not part of the other sums.
         """
-        language = self.config.language
-        if self.dtype == "int8":
-            return 0
-        matrices = language.depth * language.matrix_parameters * self.number_bytes
-        return matrices if self.dtype == "int4" else matrices + language.embedding_parameters * self.number_bytes
+        language, vision = self.config.language, self.config.vision
+        copied = vision.depth * vision.width * (4 * vision.width + 2 * vision.mlp_width)
+        if self.dtype != "int8":
+            copied += language.depth * language.matrix_parameters
+        if self.dtype in ("fp32", "bf16"):
+            copied += language.embedding_parameters
+        return copied * self.number_bytes
 
     # pieces
 

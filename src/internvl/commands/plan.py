@@ -198,8 +198,8 @@ def _show(options: Options, plan: Plan, found: dict[str, Any]) -> None:
         split.add_row(str(row["devices"]), size(row["fullest"]), *fits)
     console.print(split)
     console.print(
-        f"Driver and allocator come on top. On a CPU `internvl chat` adds {size(found['cpu_copy'])} for Llama-shaped "
-        "language models."
+        f"Driver and allocator come on top. On a CPU `internvl chat` adds {size(found['cpu_copy'])}: matrices in "
+        "another layout (of the ViT alone where the language model is not Llama-shaped)."
     )
     if found["assumed"]:
         console.print(

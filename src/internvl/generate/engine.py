@@ -19,7 +19,7 @@ from torch import Tensor
 from internvl.data.images import normalise
 from internvl.generate.sampling import Sampling, choose
 from internvl.models.chat import ChatModel
-from internvl.models.choose import choose_decoder
+from internvl.models.choose import choose_decoder, choose_vision
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -68,6 +68,7 @@ class Engine:
         self.max_rows = max_rows
         self.max_length = max_length or int(model.language.model.config.max_position_embeddings)
         self.decoder = choose_decoder(model.language, int4=int4, exact=exact)
+        self.vision = choose_vision(model.vision)
         self.waiting: deque[Request] = deque()
         self.rows: list[Request | None] = []
         self.lengths: list[int] = []
@@ -148,7 +149,7 @@ class Engine:
         with torch.inference_mode():
             if weight.device.type != "cpu":
                 return self.model.encode_tiles(pixels)
-            return torch.cat([self.model.encode_tiles(tile[None]) for tile in pixels])
+            return torch.cat([self.model.encode_tiles(tile[None], self.vision) for tile in pixels])
 
     # rows
 

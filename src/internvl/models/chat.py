@@ -35,22 +35,23 @@ class ChatModel(nn.Module):
         self.connector = connector_of(config).to(dtype)
 
     def encode_tiles(
-        self, pixel_values: Float[Tensor, "tiles 3 height width"]
+        self, pixel_values: Float[Tensor, "tiles 3 height width"], vision: InternViT | None = None
     ) -> Float[Tensor, "tiles tokens llm_width"]:
-        """Normalised tiles to tokens of the language model's width."""
-        out: Tensor = self.connector(self.look(pixel_values))
+        """Normalised tiles to tokens of the language model's width; `vision` computes what this model's own would."""
+        out: Tensor = self.connector(self.look(pixel_values, vision))
         return out
 
     def look(
-        self, pixel_values: Float[Tensor, "tiles 3 height width"]
+        self, pixel_values: Float[Tensor, "tiles 3 height width"], vision: InternViT | None = None
     ) -> Float[Tensor, "tiles queries_and_patches dim"]:
         """What the connector reads: the tapped block without the class token. QLLaMA's queries, which ask the last
         block, come first; both kinds get the width of the wider one, the rest of a vector is zero.
         """
+        vision = self.vision if vision is None else vision
         if self.qllama is None:
-            patches: Tensor = self.vision(pixel_values, self.config.feature_layer)[:, 1:]
+            patches: Tensor = vision(pixel_values, self.config.feature_layer)[:, 1:]
             return patches
-        tapped, last = self.vision.taps(pixel_values, (self.config.feature_layer, -1))
+        tapped, last = vision.taps(pixel_values, (self.config.feature_layer, -1))
         queries, patches = self.qllama.look(last), tapped[:, 1:]
         width = max(queries.shape[-1], patches.shape[-1])
         return torch.cat([F.pad(x, (0, width - x.shape[-1])) for x in (queries, patches)], dim=1)

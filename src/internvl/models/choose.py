@@ -1,6 +1,6 @@
-"""Which decoder serves a language model: the fused one where it computes the same and its copy of the weights fits.
+"""What answers: a fused decoder and a fused encoder where they compute the same and their copy of the weights fits.
 
-The decoders themselves are decoder.py and fused.py.
+The decoders themselves are decoder.py and fused.py, the encoders internvit.py and fused_vision.py.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from torch import nn
 
 from internvl.models.decoder import Decoder, PlainDecoder
 from internvl.models.fused import Form, FusedDecoder
+from internvl.models.fused_vision import FusedInternViT
 from internvl.models.int8 import is_rounded
+from internvl.models.internvit import InternViT
 from internvl.models.language import LanguageModel
+from internvl.models.layers import Linear
 from internvl.models.products import blocked_is_available
 
 SHARE_OF_MEMORY = 0.5
-"""Of what is free, for a second copy of the language model in oneDNN's layout."""
+"""Of what is free, for a second copy of a part in oneDNN's layout."""
 
 
 def choose_decoder(language: LanguageModel, *, int4: bool = False, exact: bool = True) -> Decoder:
@@ -30,6 +33,16 @@ def choose_decoder(language: LanguageModel, *, int4: bool = False, exact: bool =
     if reason is not None or copy == "plain":
         return PlainDecoder(language)
     return FusedDecoder(language, copy, exact=exact)
+
+
+def choose_vision(vision: InternViT) -> InternViT:
+    """The fastest encoder of the same outputs: a fused copy on a CPU where it fits, else the encoder itself."""
+    linears = [part for part in vision.modules() if isinstance(part, nn.Linear)]
+    plain = all(type(part) is Linear and not is_rounded(part.weight) for part in linears)
+    here = {parameter.device.type for parameter in vision.parameters()} == {"cpu"}
+    if not plain or not here or not _copy_fits(vision):
+        return vision
+    return FusedInternViT(vision)
 
 
 def free_memory() -> float:
@@ -62,6 +75,10 @@ def why_not_fused(language: LanguageModel) -> str | None:
 
 def _copy_form(language: LanguageModel) -> Form:
     """ "blocked" where a second copy of the weights can be made and fits, else "plain"."""
-    copy = sum(parameter.nbytes for parameter in language.parameters())
-    fits = copy <= SHARE_OF_MEMORY * free_memory()
-    return "blocked" if fits and blocked_is_available(language.model.lm_head.weight.dtype) else "plain"
+    return "blocked" if _copy_fits(language) else "plain"
+
+
+def _copy_fits(part: nn.Module) -> bool:
+    parameters = list(part.parameters())
+    fits = sum(parameter.nbytes for parameter in parameters) <= SHARE_OF_MEMORY * free_memory()
+    return fits and all(blocked_is_available(dtype) for dtype in {parameter.dtype for parameter in parameters})

@@ -60,6 +60,10 @@ class BlockedProduct:
         out: Tensor = self.linear(x, self.weight, self.bias, "swish", [], "")
         return out
 
+    def gelu(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x, self.weight, self.bias, "gelu", [], "none")
+        return out
+
     def times(self, x: Tensor, other: Tensor) -> Tensor:
         out: Tensor = self.linear_with(x, other, self.weight, self.bias, "mul")
         return out
