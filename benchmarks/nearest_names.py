@@ -1,6 +1,6 @@
 """How far an encoder names pictures by itself, without any language model.
 
-    python benchmarks/nearest_names.py [--model pocket] [--data data/pocket] [--most 6000] [--ridge]
+    python benchmarks/nearest_names.py [--model pocket] [--data data/pocket] [--sets pictures] [--most 6000] [--ridge]
 
 The ViT of a chat model or of `pocket-dual`, or `efficientnet-lite0`, the packaged CNN that knows ImageNet's classes; of
 several, their features side by side. Features are the class token beside the mean of the patches, standardised. Each
@@ -70,16 +70,17 @@ def features(encode: Encode, paths: Sequence[Path]) -> Tensor:
     return torch.cat(parts)
 
 
-def shown(data: Path, most: int) -> list[tuple[Path, str]]:
-    """Training pictures of one thing each, and its name; few of a name, spread over the file."""
+def shown(files: Sequence[Path], most: int) -> list[tuple[Path, str]]:
+    """Training pictures of one thing each, and its name; few of a name, spread over the files."""
     seen: Counter[str] = Counter()
     pairs = []
-    for line in (data / "pictures.jsonl").read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        for region in record.get("regions", [])[:1]:
-            seen[region["text"]] += 1
-            if seen[region["text"]] <= MOST_OF_A_NAME:
-                pairs.append((data / record["image"], region["text"]))
+    for file in files:
+        for record in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+            if len(record.get("regions", [])) == 1:
+                name = record["regions"][0]["text"]
+                seen[name] += 1
+                if seen[name] <= MOST_OF_A_NAME:
+                    pairs.append((file.parent / record["image"], name))
     count = min(most, len(pairs))
     return [pairs[number * len(pairs) // count] for number in range(count)]
 
@@ -110,13 +111,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", nargs="+", default=["pocket"])
     parser.add_argument("--data", type=Path, default=Path("data/pocket"), help="what `internvl data build` made")
+    parser.add_argument(
+        "--sets", nargs="+", default=["pictures"], help="of training pictures: NAME.jsonl in --data, or a path"
+    )
     parser.add_argument("--most", type=int, default=6000, help="training pictures")
     parser.add_argument("--limit", type=int, default=None, help="held-out pictures")
     parser.add_argument("--ridge", action="store_true")
     parser.add_argument("--out", type=Path, default=None)
     asked = parser.parse_args()
     held = [json.loads(line) for line in (asked.data / "heldout" / "naming.jsonl").read_text().splitlines()]
-    held, pairs = held[: asked.limit], shown(asked.data, asked.most)
+    files = [path if (path := Path(name)).suffix else asked.data / f"{name}.jsonl" for name in asked.sets]
+    held, pairs = held[: asked.limit], shown(files, asked.most)
     encoders = [encoder(name) for name in asked.model]
     known = torch.cat([features(encode, [path for path, _ in pairs]) for encode in encoders], dim=-1)
     asked_of = torch.cat([features(encode, [asked.data / row["image"] for row in held]) for encode in encoders], dim=-1)
@@ -134,6 +139,7 @@ def main() -> None:
     print(f"{can:.3f} have a name that some training picture has")
     found: dict[str, Any] = {
         "model": " + ".join(asked.model),
+        "sets": " + ".join(path.stem for path in files),
         "training pictures": len(pairs),
         "held-out pictures": len(held),
     }
