@@ -14,8 +14,8 @@ from internvl.data.templates import Turn
 from internvl.generate.engine import Request
 from internvl.generate.session import Chat
 from internvl.tokens import IGNORE_INDEX, IMAGE_TOKEN
+from internvl.train.chat_records import prompted
 from internvl.train.settings import Data
-from internvl.train.stages.sft import prompted
 from tiny import tiny_first, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -25,12 +25,13 @@ from internvl.data.images import normalise
 from internvl.data.packing import Packing
 from internvl.load import load_checkpoint
 from internvl.pocket import merge
+from internvl.train.chat_records import open_loader
 from internvl.train.loop import train
 from internvl.train.recipes import find_recipe, tiny
 from internvl.train.run import RunConfig, differences, to_json
 from internvl.train.settings import Part, Schedule, Tokens
 from internvl.train.stages import open_stage
-from internvl.train.stages.sft import Sft, open_loader
+from internvl.train.stages.sft import Sft
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,11 @@ from torch.nn import functional as F
 
 from internvl.train import told as told_module
 from internvl.train.cells import Wording, cells_under, directions, place_waves
+from internvl.train.chat_records import open_loader
 from internvl.train.loop import train
 from internvl.train.run import RunConfig
 from internvl.train.settings import Data, Optimiser, Part, Schedule, Tokens
-from internvl.train.stages.sft import Prepared, Sft, open_loader
+from internvl.train.stages.sft import Prepared, Sft
 from internvl.train.told import Told, drawn
 from tiny import tiny_model, tiny_tokenizer
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from internvl.commands.compare_results import compare_results
 from internvl.commands.embed import LEFT_OUT, SHOWN, bar
 from internvl.commands.evaluate_options import (
     RUNS,
     TASKS,
     Captions,
     Common,
-    Compare,
     Probe,
     Retrieval,
     Segment,
@@ -49,7 +49,7 @@ COUNTED = {
 def main(task: str, arguments: Sequence[str]) -> int:
     asked: Any = tyro.cli(TASKS[task], args=arguments, prog=f"internvl evaluate {task}")
     if task == "compare":
-        return _compare(asked)
+        return compare_results(asked)
     from internvl.evaluate.dual_features import Features
     from internvl.generate.dual import Dual
 
@@ -255,43 +255,6 @@ def _leave(asked: Common, out: Path, results: Sequence[Result], outcomes: Sequen
         console.print(f"  {problem.source}: {problem.message}")
     console.print(f"written to {out}")
     return LEFT_OUT if broken else 0
-
-
-def _compare(asked: Compare) -> int:
-    from internvl.evaluate.dual_result import compare, read_result
-
-    files = [path / "result.json" if path.is_dir() else path for path in asked.files]
-    if len(files) < 2:
-        raise ValueError(f"{len(files)} result to compare; give two or more")
-    found = compare({str(path): read_result(path) for path in files})
-    if asked.json:
-        sys.stdout.write(json.dumps(found, ensure_ascii=False) + "\n")
-        return 0
-    _show(found)
-    return 0
-
-
-def _show(found: Mapping[str, Any]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, markup=False)
-    shown = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    for name in ("task", "data", "metric", *(str(n) for n in range(1, len(found["columns"]) + 1))):
-        shown.add_column(name, justify="right" if name.isdecimal() else "left")
-    for row in found["rows"]:
-        values = [row["values"].get(column) for column in found["columns"]]
-        texts = ["–" if value is None else f"{100 * value:.2f}" for value in values]
-        shown.add_row(row["task"], row["data"], row["metric"], *texts)
-    console.print(shown)
-    for number, column in enumerate(found["columns"], 1):
-        console.print(f"{number}  {column}")
-    unlike = {(row["task"], row["data"]): row["differs"] for row in found["rows"] if row["differs"]}
-    for (task, data), keys in unlike.items():
-        for key, values in keys.items():
-            said = ", ".join(f"{found['columns'].index(column) + 1}: {value}" for column, value in values.items())
-            console.print(f"{task}, {data}: {key} differs ({said})")
 
 
 def _draw(asked: Common, out: Path, results: Sequence[Result], outcomes: Sequence[Outcome]) -> None:

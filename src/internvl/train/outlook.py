@@ -18,9 +18,9 @@ from internvl.config import ChatConfig
 from internvl.data.loader import BatchSize, Loader
 from internvl.train import cost
 from internvl.train.alive import Memory
+from internvl.train.chat_records import open_loader
 from internvl.train.rehearse import rehearse
 from internvl.train.run import RunConfig
-from internvl.train.stages.sft import open_loader
 from internvl.train.trials import Trial, middling, try_chat
 
 
